@@ -4,11 +4,12 @@ Forward: token_stats, then one launch that gathers the ids' logits. The sums of 
 rest of a confident target to its digits, not that of another confident id (rows.py). A row with
 such an id, p > 3/4, is summed once more without it.
 
-Backward: with g_j the sum of what arrives at column j, grad_logp at the target included,
+Backward: with g_j the sum of what arrives at column j, grad_logp at the target included, and
+total = sum_i g_i - grad_lse,
 
-    dz_j = f'(z) / T ( g_j (1 - p_j) - p_j (sum_i g_i - g_j) - gh p_j (log p_j + entropy) )
+    dz_j = f'(z) / T ( g_j (1 - p_j) - p_j (total - g_j) - gh p_j (log p_j + entropy) )
 
-A column without g is written by the backward of token_stats, whose coefficient of logp is sum_i g_i.
+A column without g is written by the backward of token_stats, whose coefficient of logp is `total`.
 The others are computed before it, because it may write over the logits, and stored after it, so
 that each is rounded once: three launches.
 
@@ -169,6 +170,7 @@ def gradient_at_kernel(
     logp_at_ptr,  # (K,) float32
     grad_logp_ptr,  # (T,) float32 or None
     grad_entropy_ptr,  # (T,) float32 or None
+    grad_lse_ptr,  # (T,) float32 or None
     grad_logp_at_ptr,  # (K,) float32
     grad_at_ptr,  # (K,) float32
     grad_at_target_ptr,  # (T,) float32
@@ -193,19 +195,21 @@ def gradient_at_kernel(
         bias_row_ptr = bias_ptr + row * stride_bias_t
     begin, end = _row_ids(offsets_ptr, token, num_ids)
     keep = _is_kept(mask_ptr, token) & (tl.load(inv_sum_ptr + token) != 0.0)
-    ga, gh = tl.full((), 0.0, tl.float32), tl.full((), 0.0, tl.float32)
+    ga, gh, gl = tl.full((), 0.0, tl.float32), tl.full((), 0.0, tl.float32), tl.full((), 0.0, tl.float32)
     if grad_logp_ptr is not None:
         ga = tl.where(keep, tl.load(grad_logp_ptr + token), 0.0)
     if grad_entropy_ptr is not None:
         gh = tl.where(keep, tl.load(grad_entropy_ptr + token), 0.0)
+    if grad_lse_ptr is not None:
+        gl = tl.where(keep, tl.load(grad_lse_ptr + token), 0.0)
     y = tl.load(target_ptr + token)
     has_y = (y >= 0) & (y < vocab_size)
     offs_i = tl.arange(0, IDS)
     offs_o = tl.arange(0, OTHERS)
 
     # What arrives at the target and at all others, and whether anything does.
-    own_y, others_y = ga, tl.full((), 0.0, tl.float32)
-    arrives = ((ga != 0.0) | (gh != 0.0)).to(tl.int32)
+    own_y, others_y = ga, -gl
+    arrives = ((ga != 0.0) | (gh != 0.0) | (gl != 0.0)).to(tl.int32)
     for start in range(begin, end, IDS):
         at = start + offs_i
         ids, g = _incoming(ids_ptr, grad_logp_at_ptr, at, at < end, vocab_size)
@@ -227,7 +231,7 @@ def gradient_at_kernel(
         ids = tl.load(ids_ptr + at, mask=at < end, other=-1)
         inside = (ids >= 0) & (ids < vocab_size) & active
         own = tl.where(ids == y, ga, 0.0)
-        others = tl.where(ids == y, 0.0, ga)
+        others = tl.where(ids == y, 0.0, ga) - gl
         for other in range(begin, end, OTHERS):
             other_at = other + offs_o
             other_ids, g = _incoming(ids_ptr, grad_logp_at_ptr, other_at, other_at < end, vocab_size)
@@ -375,6 +379,7 @@ def token_stats_at_bwd(
     logp_at: torch.Tensor,
     grad_logp: torch.Tensor | None,
     grad_entropy: torch.Tensor | None,
+    grad_lse: torch.Tensor | None,
     grad_logp_at: torch.Tensor,
     *,
     temperature: float | torch.Tensor,
@@ -412,6 +417,7 @@ def token_stats_at_bwd(
         logp_at,
         rows.as_float(grad_logp),
         rows.as_float(grad_entropy),
+        rows.as_float(grad_lse),
         rows.as_float(grad_logp_at),
         grad_at,
         grad_at_target,
@@ -476,7 +482,7 @@ def _(dtype: torch.dtype) -> None:
 @compile_case("token_stats_at_bwd", dtypes=FLOAT_DTYPES, streams=0)
 def _(dtype: torch.dtype) -> None:
     row, of_ids = meta(4096), meta(1 << 18)
-    token_stats_at_bwd(*_arguments(dtype), row, row, row, row, of_ids, row, row, of_ids, **PLAIN)
+    token_stats_at_bwd(*_arguments(dtype), row, row, row, row, of_ids, row, row, row, of_ids, **PLAIN)
 
 
 @compile_case("token_stats_at_bwd/chunk", dtypes=(torch.bfloat16,), streams=0)
@@ -495,6 +501,7 @@ def _(dtype: torch.dtype) -> None:
         of_ids,
         row,
         row,
+        None,
         of_ids,
         index=target,
         out=logits,

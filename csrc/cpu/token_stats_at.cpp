@@ -5,10 +5,10 @@
 // token_stats do not hold (rows.h); such a row is summed once more, without that id. It is rare:
 // an id with p > 3 / 4 is the target of most tokens.
 //
-// Backward, with G the gradient of logp_at and g_j the sum of what arrives at column j, grad_logp
-// at the target included:
-//     du_j = 1/T ( g_j (1 - p_j) - p_j (sum_i g_i - g_j) - gh p_j (log p_j + entropy) ).
-// row_backward writes what a column without g gets, from the coefficient sum_i g_i. The columns of
+// Backward, with g_j the sum of what arrives at column j, grad_logp at the target included, and
+// total = sum_i g_i - grad_lse:
+//     du_j = 1/T ( g_j (1 - p_j) - p_j (total - g_j) - gh p_j (log p_j + entropy) ).
+// row_backward writes what a column without g gets, from the coefficient `total`. The columns of
 // the ids and the target are computed here and overwrite it, so that each is rounded once.
 //
 // Bytes per row of k ids: those of token_stats, and k * (12 + sizeof(T)) gathered, twice that in
@@ -201,7 +201,7 @@ TOKFUSE_BLOCK_LOOP double sum_incoming(const int64_t* __restrict ids, const floa
 
 // What the gradient of a row has in common for its columns.
 struct RowTerms {
-  double total;  // sum of what arrives
+  double total;  // sum of what arrives at the columns, minus what arrives at lse
   float entropy, gh, scale;
 };
 
@@ -238,6 +238,7 @@ int64_t backward(const LogitsArgs& a, const TokenStatsGrad& g, const IdsArgs& id
     const bool skip = masked(a, t) || g.inv_sum[t] == 0.0f;
     const float ga = skip || g.grad_logp == nullptr ? 0.0f : g.grad_logp[t];
     const float gh = skip || g.grad_entropy == nullptr ? 0.0f : g.grad_entropy[t];
+    const float gl = skip || g.grad_lse == nullptr ? 0.0f : g.grad_lse[t];
     const float temperature = temperature_of(a, t), scale = a.logit_scale / temperature;
     const Row<T> row = row_of<T>(a, i);
     T* out = static_cast<T*>(g.grad_logits) + i * g.grad_stride;
@@ -250,9 +251,9 @@ int64_t backward(const LogitsArgs& a, const TokenStatsGrad& g, const IdsArgs& id
     bool arrives = false;
     const double at_ids = sum_incoming(ids.ids + range.begin, ids.grad_logp_at + range.begin,
                                        range.end - range.begin, &arrives);
-    const RowTerms terms = {at_ids + ga, g.entropy[t], gh, scale};
+    const RowTerms terms = {at_ids + ga - gl, g.entropy[t], gh, scale};
     Columns columns(scratch);
-    if (arrives || ga != 0.0f || gh != 0.0f) {
+    if (arrives || ga != 0.0f || gh != 0.0f || gl != 0.0f) {
       columns.add(row.target, ga, g.logp[t]);
       for (int64_t k = range.begin; k < range.end; k++) {
         if (ids.ids[k] >= 0) columns.add(ids.ids[k], ids.grad_logp_at[k], ids.logp_at[k]);

@@ -32,6 +32,7 @@ cudaError_t token_stats_at_bwd(const LogitsArgs& a, const TokenStatsGrad& g, con
   if (error != cudaSuccess) return error;
   TokenStatsGrad all = g;
   all.grad_logp = ids.grad_total;
+  all.grad_lse = nullptr;  // grad_total contains it
   error = token_stats_bwd(a, all, stream);
   if (error != cudaSuccess) return error;
   return by_dtype(g.grad_dtype, [&](auto* type) {

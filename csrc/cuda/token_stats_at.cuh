@@ -4,12 +4,13 @@
 // the rest of a confident target to its digits, not that of another confident id (rows.cuh). A row
 // with such an id, p > 3/4, is summed once more without it.
 //
-// Backward: with g_j the sum of what arrives at column j, grad_logp at the target included,
+// Backward: with g_j the sum of what arrives at column j, grad_logp at the target included, and
+// total = sum_i g_i - grad_lse,
 //
-//     dz_j = f'(z) / T ( g_j (1 - p_j) - p_j (sum_i g_i - g_j) - gh p_j (log p_j + entropy) ).
+//     dz_j = f'(z) / T ( g_j (1 - p_j) - p_j (total - g_j) - gh p_j (log p_j + entropy) ).
 //
 // A column without g is written by the backward of token_stats, whose coefficient of logp is
-// sum_i g_i. The others are computed before it, because it may write over the logits, and stored
+// `total`. The others are computed before it, because it may write over the logits, and stored
 // after it, so that each is rounded once.
 //
 // Bytes per id: 44 forward, 96 backward with the sectors; duplicates are found by comparing the ids
@@ -165,8 +166,9 @@ __global__ void __launch_bounds__(kIdsThreads, 8)
     const bool keep = counts(a, token) && g.inv_sum[token] != 0.0f;
     const float ga = keep && g.grad_logp != nullptr ? g.grad_logp[token] : 0.0f;
     const float gh = keep && g.grad_entropy != nullptr ? g.grad_entropy[token] : 0.0f;
+    const float gl = keep && g.grad_lse != nullptr ? g.grad_lse[token] : 0.0f;
     const RowIds range = ids_of(ids, token);
-    int any = ga != 0.0f || gh != 0.0f;
+    int any = ga != 0.0f || gh != 0.0f || gl != 0.0f;
     for (int64_t i = range.begin + threadIdx.x; keep && i < range.end; i += kIdsThreads) {
       any |= ids.ids[i] != -1 && ids.grad_logp_at[i] != 0.0f;
     }
@@ -187,6 +189,7 @@ __global__ void __launch_bounds__(kIdsThreads, 8)
         } else {
           arrives.y += ga;
         }
+        arrives.y -= gl;
         total = arrives.x + arrives.y;
         if (!column && ga != 0.0f) total = nan_float();
         if (column) {

@@ -113,6 +113,7 @@ def token_stats_at_bwd(
     logp_at: torch.Tensor,
     grad_logp: torch.Tensor | None,
     grad_entropy: torch.Tensor | None,
+    grad_lse: torch.Tensor | None,
     grad_logp_at: torch.Tensor,
     **options: Any,
 ) -> torch.Tensor:
@@ -129,6 +130,7 @@ def token_stats_at_bwd(
             entropy=entropy,
             grad_logp=grad_logp,
             grad_entropy=grad_entropy,
+            grad_lse=grad_lse,
             grad_logits=grad_logits,
         ),
         row_args.ids_args(module, ids, offsets, logp_at, grad_logp_at),

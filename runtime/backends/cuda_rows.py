@@ -121,6 +121,7 @@ def token_stats_at_bwd(
     logp_at: torch.Tensor,
     grad_logp: torch.Tensor | None,
     grad_entropy: torch.Tensor | None,
+    grad_lse: torch.Tensor | None,
     grad_logp_at: torch.Tensor,
     *,
     index: torch.Tensor | None = None,
@@ -141,6 +142,7 @@ def token_stats_at_bwd(
             entropy=entropy,
             grad_logp=grad_logp,
             grad_entropy=grad_entropy,
+            grad_lse=grad_lse,
             grad_logits=grad_logits,
         ),
         row_args.ids_args(

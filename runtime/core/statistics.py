@@ -52,7 +52,7 @@ class TokenStatsAt(NamedTuple):
     entropy: torch.Tensor
     """-sum p log p, nats; (tokens,). Differentiable."""
     lse: torch.Tensor
-    """log-sum-exp of the transformed logits, nats; (tokens,)."""
+    """log-sum-exp of the transformed logits, nats; (tokens,). Differentiable."""
     sum_sq: torch.Tensor
     """sum of p^2; (tokens,)."""
     top1: torch.Tensor

@@ -4,9 +4,10 @@ An id has its log-prob in the softmax of the shard that owns it. The log-prob ov
 shard's log-share (vocab_shard.py), so the ids travel in the all-gather of the records. For `top_k` each rank first
 proposes its own K most likely ids, in one more all-gather.
 
-With g_j the sum of what arrives at column j, grad_logp at the target included, the gradient of a shard is
+With g_j the sum of what arrives at column j, grad_logp at the target included, and total = sum_i g_i - grad_lse, the
+gradient of a shard is
 
-    dz_j = f'(z) / T ( g_j (1 - p_j) - p_j (sum_i g_i - g_j) - gh p_j (log p_j + entropy) ).
+    dz_j = f'(z) / T ( g_j (1 - p_j) - p_j (total - g_j) - gh p_j (log p_j + entropy) ).
 
 The kernel of token_stats writes what a column without g gets. The columns of ids and target that the shard owns are
 computed in float64 and overwrite it, as in csrc/cuda/token_stats_at.cuh.
@@ -146,12 +147,13 @@ class Given(NamedTuple):
 
     logp: torch.Tensor
     entropy: torch.Tensor
+    lse: torch.Tensor
     at: torch.Tensor
     """(tokens, K)."""
 
     def active(self) -> torch.Tensor:
         """(tokens,) bool: rows with a gradient."""
-        return (self.logp != 0) | (self.entropy != 0) | (self.at != 0).any(1)
+        return (self.logp != 0) | (self.entropy != 0) | (self.lse != 0) | (self.at != 0).any(1)
 
 
 class Saved(NamedTuple):
@@ -182,7 +184,8 @@ def _backward(
     incoming = torch.cat([given.at, given.logp[:, None]], 1)
     counts = keep[:, None] & (columns >= 0)
     incoming = torch.where(counts, incoming, 0.0)
-    total, gh = incoming.sum(1), torch.where(keep, given.entropy, 0.0)
+    gh, gl = (torch.where(keep, x, 0.0) for x in (given.entropy, given.lse))
+    total = incoming.sum(1) - gl
     own = _sums_of_equal(columns, incoming)
     p = log_p.exp()
     log_term = torch.where(p == 0, 0.0, p * (log_p + entropy[:, None]))
@@ -212,14 +215,12 @@ def _sums_of_equal(ids: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 
 def _incoming(grads: tuple[torch.Tensor | None, ...], saved: Saved) -> Given | None:
-    """Return the gradients of (logp, entropy, ..., logp_at), or None if there is none."""
-    logp, entropy, at = grads[0], grads[1], grads[5]
-    if logp is None and entropy is None and at is None:
+    """Return the gradients of (logp, entropy, lse, ..., logp_at), or None if there is none."""
+    if all(grad is None for grad in grads):
         return None
-    zero = torch.zeros_like(saved.logp, dtype=torch.float64)
+    zero, at = torch.zeros_like(saved.logp, dtype=torch.float64), grads[5]
     return Given(
-        zero if logp is None else logp.double(),
-        zero if entropy is None else entropy.double(),
+        *(zero if grad is None else grad.double() for grad in grads[:3]),
         torch.zeros_like(saved.logp_at, dtype=torch.float64) if at is None else at.double(),
     )
 
@@ -252,7 +253,7 @@ class ShardStatsAt(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         out = _outputs(found.merged.stats, found, result_dtype(logits.dtype))
         ids = out[6].clone() if asked.ids is not None else out[6]  # an output is no input
-        ctx.mark_non_differentiable(*out[2:5], ids)
+        ctx.mark_non_differentiable(*out[3:5], ids)
         return (*out[:6], ids)
 
     @staticmethod
@@ -329,7 +330,7 @@ class ShardHeadAt(torch.autograd.Function):
         save_flat(ctx, (hidden, weight, bias, call.target, *saved, *call.options.flat(), *scalars))
         ctx.set_materialize_grads(False)
         out = _outputs(TokenStats(*stats), saved, result_dtype(p.dtype))
-        ctx.mark_non_differentiable(*out[2:5], out[6])
+        ctx.mark_non_differentiable(*out[3:5], out[6])
         return out
 
     @staticmethod

@@ -55,8 +55,8 @@ class HeadIdsKernels(NamedTuple):
     forward: Callable[[HeadProblem, TokenIds | None, int], tuple[torch.Tensor, ...]]
     """(problem, ids, K if there are none) -> the seven outputs of token_stats, logp_at and the ids, flat."""
     backward: Callable[..., list[torch.Tensor | None]] | None
-    """(problem, ids, row_max, inv_sum, logp, entropy, logp_at, grad_logp, grad_entropy, grad_logp_at,
-    needs) -> gradients in order of `problem.NAMES`. None if autograd differentiates `forward`."""
+    """(problem, ids, row_max, inv_sum, logp, entropy, logp_at, grad_logp, grad_entropy, grad_lse,
+    grad_logp_at, needs) -> gradients in order of `problem.NAMES`. None if autograd differentiates `forward`."""
     step: Callable[[HeadProblem, TokenIds, IdsLoss], IdsTerms] | None = None
     """The run of `ids_step`, for a matrix of ids in range. None: it is composed of `forward` and autograd."""
 
@@ -72,12 +72,14 @@ def _places(p: HeadProblem, ids: TokenIds | None, top_k: int) -> TokenIds:
 
 
 def _gradient_arrives(
-    p: HeadProblem, ids: TokenIds, ga: torch.Tensor, gh: torch.Tensor, grad_logp_at: torch.Tensor
+    p: HeadProblem, ids: TokenIds, of_rows: tuple[torch.Tensor, ...], grad_logp_at: torch.Tensor
 ) -> torch.Tensor:
     """Return (tokens,) bool: rows whose logits the backward needs."""
     at_ids = (grad_logp_at != 0) & (ids.flat >= 0)
     before = torch.nn.functional.pad(at_ids.cumsum(0), (1, 0))[ids.offsets]
-    active = (before[1:] > before[:-1]) | (ga != 0) | (gh != 0)
+    active = before[1:] > before[:-1]
+    for grad in of_rows:
+        active = active | (grad != 0)
     return active if p.options.mask is None else active & p.options.mask
 
 
@@ -127,13 +129,15 @@ def cpu_bwd(
     logp_at: torch.Tensor,
     grad_logp: torch.Tensor | None,
     grad_entropy: torch.Tensor | None,
+    grad_lse: torch.Tensor | None,
     grad_logp_at: torch.Tensor,
     needs: Needs,
 ) -> list[torch.Tensor | None]:
     """Return the gradients; rows without incoming gradient are not recomputed."""
     module = native.loaded()
-    ga, gh = (torch.zeros(p.tokens) if x is None else x for x in (grad_logp, grad_entropy))
-    index = _gradient_arrives(p, ids, ga, gh, grad_logp_at).nonzero().squeeze(1)
+    given = tuple(torch.zeros(p.tokens) if x is None else x for x in (grad_logp, grad_entropy, grad_lse))
+    ga, gh, gl = given
+    index = _gradient_arrives(p, ids, given, grad_logp_at).nonzero().squeeze(1)
     rows = workspace_rows(p, max(1, index.shape[0]))
     head, buffer = Head(p), LogitsBuffer.workspace(rows, p.vocab)
     gradients = HeadGradients(head, needs)
@@ -149,6 +153,7 @@ def cpu_bwd(
                 entropy=entropy,
                 grad_logp=ga,
                 grad_entropy=gh,
+                grad_lse=gl,
                 grad_logits=buffer.first_tile(0, chunk.shape[0]),
             ),
             row_args.ids_args(module, ids.flat, ids.offsets, logp_at, grad_logp_at),
@@ -263,15 +268,17 @@ def _device_bwd(
     logp_at: torch.Tensor,
     grad_logp: torch.Tensor | None,
     grad_entropy: torch.Tensor | None,
+    grad_lse: torch.Tensor | None,
     grad_logp_at: torch.Tensor,
     needs: Needs,
 ) -> list[torch.Tensor | None]:
     """Return the gradients; rows without incoming gradient are not recomputed."""
     assert kernels.backward is not None
-    ga, gh = (torch.zeros_like(entropy) if x is None else x.float() for x in (grad_logp, grad_entropy))
-    rows = device_head.classify(p, _gradient_arrives(p, ids, ga, gh, grad_logp_at), None)
+    of_rows = (grad_logp, grad_entropy, grad_lse)
+    given = tuple(torch.zeros_like(entropy) if x is None else x.float() for x in of_rows)
+    rows = device_head.classify(p, _gradient_arrives(p, ids, given, grad_logp_at), None)
     head = DeviceHead(p, needs, rows)
-    saved: tuple[Any, ...] = (row_max, inv_sum, logp, entropy, logp_at, ga, gh, grad_logp_at)
+    saved: tuple[Any, ...] = (row_max, inv_sum, logp, entropy, logp_at, *given, grad_logp_at)
     with torch.no_grad():
         for chunk in head.chunks(0, rows.gradient):
             index, h, _ = chunk
@@ -325,6 +332,7 @@ def _device_step(kernels: Kernels, p: HeadProblem, ids: TokenIds, loss: IdsLoss)
                 flat_logp,
                 none,
                 none,
+                None,
                 flat_grad,
                 index=index,
                 out=head.gradient_like(logits),

@@ -149,14 +149,14 @@ class _LinearAtFunction(torch.autograd.Function):
         ctx.rest = scalars, p.memory_budget, run, p.probes
         ctx.set_materialize_grads(False)
         ids = ids if places is None else ids.new_empty(0)  # do not return the caller's ids
-        ctx.mark_non_differentiable(lse, sum_sq, top1, ids)
+        ctx.mark_non_differentiable(sum_sq, top1, ids)
         return logp, entropy, lse, sum_sq, top1, logp_at, ids
 
     @staticmethod
     @first_order("linear_token_stats")
     @ranged("linear_token_stats.bwd")
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
-        if grads[0] is None and grads[1] is None and grads[5] is None:
+        if all(grad is None for grad in grads):
             return (None,) * 7
         hidden, weight, bias, target, vector, mask, bias_logits, ids, offsets, *stats = ctx.saved_tensors
         scalars, budget, run, probes = ctx.rest
@@ -166,7 +166,7 @@ class _LinearAtFunction(torch.autograd.Function):
         grad_at = torch.zeros_like(stats[-1]) if grads[5] is None else grads[5]
         needs = tuple(ctx.needs_input_grad[:3])
         places = TokenIds(ids, offsets, ids.shape)
-        found = run.backward(p, places, *stats, grads[0], grads[1], grad_at, needs)
+        found = run.backward(p, places, *stats, *grads[:3], grad_at, needs)
         deliver(probes)
         return (*found, *(None,) * 4)
 
@@ -209,7 +209,7 @@ def _(hidden: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, ...]:
 @graph_op(
     "tokfuse::linear_token_stats_at_backward",
     f"({ARGUMENTS}, Tensor ids, Tensor offsets, Tensor row_max, Tensor inv_sum, Tensor logp, Tensor entropy"
-    ", Tensor logp_at, Tensor? grad_logp, Tensor? grad_entropy, Tensor grad_logp_at"
+    ", Tensor logp_at, Tensor? grad_logp, Tensor? grad_entropy, Tensor? grad_lse, Tensor grad_logp_at"
     ", bool needs_hidden, bool needs_weight, bool needs_bias) -> Tensor[]",
 )
 @ranged("linear_token_stats.bwd")
@@ -235,11 +235,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor
     stats = (row_max, inv_sum, logp, entropy, logp_at)
     ctx.save_for_backward(hidden, weight, bias, target, *more, ids, offsets, *stats)
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(lse, sum_sq, top1, row_max, inv_sum, top_ids)
+    ctx.mark_non_differentiable(sum_sq, top1, row_max, inv_sum, top_ids)
 
 
 def _op_backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
-    if grads[0] is None and grads[1] is None and grads[7] is None:
+    if all(grad is None for grad in grads):
         return (None,) * 13
     *tensors, vector, mask, bias_logits, ids, offsets, row_max, inv_sum, logp, entropy, logp_at = ctx.saved_tensors
     if offsets is None:
@@ -249,7 +249,7 @@ def _op_backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
     needs = tuple(ctx.needs_input_grad[:3])
     stats = (row_max, inv_sum, logp, entropy, logp_at)
     out = _linear_at_backward_op(
-        *tensors, *o.flat()[:5], ctx.budget, ids, offsets, *stats, grads[0], grads[1], grad_at, *needs
+        *tensors, *o.flat()[:5], ctx.budget, ids, offsets, *stats, *grads[:3], grad_at, *needs
     )
     chosen = [x if need else None for x, need in zip(out, needs, strict=True)]
     return (*chosen,) + (None,) * 10

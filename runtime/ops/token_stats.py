@@ -207,9 +207,9 @@ def token_stats(
         gradients are rounded once, also at the ids.
 
     Gradients and memory: logits receive the gradient of logp, entropy and lse, and of logp_at (repeated ids
-        add up). All other outputs are detached; with ids or top_k, lse is too. Saved: the logits and four
-        (tokens,) vectors, and with ids also the ids and logp_at. The backward reads the logits once and
-        writes the gradient once. Rows whose incoming gradients are all 0 are not read.
+        add up). All other outputs are detached. Saved: the logits and four (tokens,) vectors, and with ids
+        also the ids and logp_at. The backward reads the logits once and writes the gradient once. Rows whose
+        incoming gradients are all 0 are not read.
 
     Examples:
         >>> stats = tokfuse.token_stats(torch.zeros(2, 4), torch.tensor([0, 3]))

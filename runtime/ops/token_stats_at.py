@@ -108,14 +108,14 @@ class _AtFunction(torch.autograd.Function):
         _save(ctx, (logits, target, ids, offsets), o, outputs)
         ctx.run = run
         logp, entropy, lse, sum_sq, top1, _, _, logp_at = outputs
-        ctx.mark_non_differentiable(lse, sum_sq, top1)
+        ctx.mark_non_differentiable(sum_sq, top1)
         return logp, entropy, lse, sum_sq, top1, logp_at
 
     @staticmethod
     @first_order("token_stats")
     @ranged("token_stats.bwd")
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
-        given = _incoming(ctx, grads[0], grads[1], grads[5])
+        given = _incoming(ctx, *grads[:3], grads[5])
         if given is None:
             return (None,) * 7
         saved, o = _saved(ctx)
@@ -134,14 +134,13 @@ def _saved(ctx: Any) -> tuple[tuple[torch.Tensor, ...], LogitOptions]:
     return (*saved, logp_at.view(-1)), ctx.options.joined(vector, mask, bias_logits)
 
 
-def _incoming(
-    ctx: Any, grad_logp: torch.Tensor | None, grad_entropy: torch.Tensor | None, grad_at: torch.Tensor | None
-) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor] | None:
-    """Return the incoming gradients as the kernels take them, or None if there are none."""
-    if grad_logp is None and grad_entropy is None and grad_at is None:
+def _incoming(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...] | None:
+    """Return those of logp, entropy, lse and logp_at as the kernels take them, or None if there are none."""
+    if all(grad is None for grad in grads):
         return None
+    *of_rows, grad_at = grads
     at_ids = torch.zeros_like(ctx.saved_tensors[8]) if grad_at is None else grad_at
-    return grad_logp, grad_entropy, at_ids.reshape(-1)
+    return *of_rows, at_ids.reshape(-1)
 
 
 IDS_SCHEMA = "Tensor logits, Tensor target, Tensor ids, Tensor offsets"
@@ -166,7 +165,7 @@ def _(logits: torch.Tensor, target: torch.Tensor, ids: torch.Tensor, *_: Any) ->
 @graph_op(
     "tokfuse::token_stats_at_backward",
     f"({IDS_SCHEMA}, Tensor row_max, Tensor inv_sum, Tensor logp, Tensor entropy, Tensor logp_at"
-    f", Tensor? grad_logp, Tensor? grad_entropy, Tensor grad_logp_at, {FLAT_SCHEMA}) -> Tensor",
+    f", Tensor? grad_logp, Tensor? grad_entropy, Tensor? grad_lse, Tensor grad_logp_at, {FLAT_SCHEMA}) -> Tensor",
 )
 @ranged("token_stats.bwd")
 def _at_backward_op(logits: torch.Tensor, *rest: Any) -> torch.Tensor:
@@ -184,11 +183,11 @@ def _(logits: torch.Tensor, *_: Any) -> torch.Tensor:
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
     _save(ctx, inputs[:4], LogitOptions.from_flat(*inputs[4:]), output)
-    ctx.mark_non_differentiable(*output[2:7])
+    ctx.mark_non_differentiable(*output[3:7])
 
 
 def _op_backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
-    given = _incoming(ctx, grads[0], grads[1], grads[7])
+    given = _incoming(ctx, *grads[:3], grads[7])
     if given is None:
         return (None,) * 11
     saved, o = _saved(ctx)

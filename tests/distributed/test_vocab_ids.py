@@ -52,17 +52,18 @@ def problem():
 
 
 def incoming():
-    """Gradients of logp, entropy and logp_at; some rows have one of them only, one has none."""
+    """Gradients of logp, entropy, lse and logp_at; some rows have one of them only, one has none."""
     gen = torch.Generator().manual_seed(8)
-    ga, gh, g = (torch.randn(shape, generator=gen) for shape in ((TOKENS,), (TOKENS,), (TOKENS, K)))
+    ga, gh, g, gl = (torch.randn(shape, generator=gen) for shape in ((TOKENS,), (TOKENS,), (TOKENS, K), (TOKENS,)))
+    gl[[0, 4, 7, 9]] = 0.0
     ga[4] = gh[4] = 0.0
     g[7] = 0.0
     ga[9], gh[9], g[9] = 0.0, 0.0, 0.0
-    return ga, gh, g
+    return ga, gh, gl, g
 
 
 def backward(stats, given):
-    pairs = zip((stats.logp, stats.entropy, stats.logp_at), given, strict=True)
+    pairs = zip((stats.logp, stats.entropy, stats.lse, stats.logp_at), given, strict=True)
     torch.stack([(torch.where(x.isfinite(), x, 0.0) * g.to(x)).sum() for x, g in pairs]).sum().backward()
 
 
@@ -75,7 +76,7 @@ def test_rows(backend: Backend, form: str, name: str):
     if form == "csr":
         keep = ids != -1
         offsets = torch.nn.functional.pad(keep.sum(1).cumsum(0), (1, 0))
-        given, asked = (*given[:2], given[2][keep]), {"ids": ids[keep], "ids_offsets": offsets}
+        given, asked = (*given[:3], given[3][keep]), {"ids": ids[keep], "ids_offsets": offsets}
     elif form == "top_k":
         asked = {"top_k": K}
     leaf = z.double().requires_grad_()
@@ -105,8 +106,8 @@ def test_rows(backend: Backend, form: str, name: str):
         assert (stats.top_ids is None) == (form != "top_k")
         assert form != "top_k" or torch.equal(stats.top_ids.cpu(), want.top_ids)
     # Every term of a row is a coefficient times p (1 + |log p| + entropy): at most 2 for each of them.
-    size = given[0].abs() + given[1].abs()
-    size = size.double() + (given[2].abs().sum(1) if form != "csr" else given[2].abs().sum())
+    size = given[0].abs() + given[1].abs() + given[2].abs()
+    size = size.double() + (given[3].abs().sum(1) if form != "csr" else given[3].abs().sum())
     got = torch.cat([g for _, g in results], 1)
     compare(got, leaf.grad, atol=GRADIENT_RTOL * 4 * size[:, None] + 1e-30, what="gradient")
     if form == "matrix" and name == "plain":  # the digits of 1 - p

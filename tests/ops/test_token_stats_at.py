@@ -69,30 +69,43 @@ def truth_at(logits: Tensor, ids: Tensor, g: Tensor, mask: Tensor | None = None,
     return logp_at, grad, term.amax(1, keepdim=True)
 
 
-def evaluate(backend: Backend, logits, target, ids, g, ga=None, gh=None, **options):
-    """(statistics, gradient of the logits) of one call; ga and gh are gradients of logp and entropy."""
+def lse_gradient(logits: Tensor, gl: Tensor, mask: Tensor | None = None, **options) -> Tensor:
+    """Gradient of sum gl lse in float64; 0 in rows without a distribution."""
+    u, slope = transformed(logits, **options)
+    usable = (u != -INF).any(1, keepdim=True)
+    usable = usable if mask is None else usable & mask.unsqueeze(1)
+    grad = gl.double().unsqueeze(1) * slope * torch.where(usable, u, 0.0).softmax(1)
+    return torch.where(usable, grad, 0.0)
+
+
+def evaluate(backend: Backend, logits, target, ids, g, ga=None, gh=None, gl=None, **options):
+    """(statistics, gradient of the logits) of one call; ga, gh, gl are gradients of logp, entropy, lse."""
     z = backend.put(logits).detach().requires_grad_()
     options = {name: backend.put(value) for name, value in options.items()}
     out = tokfuse.token_stats(z, backend.put(target), ids=backend.put(ids), **options)
-    given = [(out.logp_at, g), (out.logp, ga), (out.entropy, gh)]
+    given = [(out.logp_at, g), (out.logp, ga), (out.entropy, gh), (out.lse, gl)]
     given = [(x, backend.put(dx.to(x.dtype))) for x, dx in given if dx is not None]
     torch.autograd.backward([x for x, _ in given], [dx for _, dx in given])
     return out, z.grad
 
 
 def check(backend: Backend, logits, target, ids=None, **options) -> None:
-    """One call against the float64 formulas: logp_at alone, then with logp and entropy."""
+    """One call against the float64 formulas: logp_at alone, then with logp, entropy and lse."""
     ids = some_ids(logits, target) if ids is None else ids
     g, (ga, gh) = incoming(ids), coefficients(len(logits))
     # An excluded logit has a log-prob of -inf: no loss sends a finite gradient there.
     logp_at, _, _ = truth_at(logits, ids, g, **options)
     g = torch.where(logp_at == -INF, 0.0, g)
     _, grad_at, term_at = truth_at(logits, ids, g, **options)
+    gl = 0.5 * ga.flip(0)
     stats = truth(logits, target, ga, gh, **options)
+    of_lse = lse_gradient(logits, gl, **options)
+    grad_stats = grad_at + stats.grad + of_lse
+    term_stats = term_at + stats.term + of_lse.abs().amax(1, keepdim=True)
     exact = backend.name == "reference"
     for with_stats in (False, True):
-        out, grad = evaluate(backend, logits, target, ids, g, *((ga, gh) if with_stats else ()), **options)
-        want, term = (grad_at + stats.grad, term_at + stats.term) if with_stats else (grad_at, term_at)
+        out, grad = evaluate(backend, logits, target, ids, g, *((ga, gh, gl) if with_stats else ()), **options)
+        want, term = (grad_stats, term_stats) if with_stats else (grad_at, term_at)
         assert out.logp_at.dtype == torch.float32 and out.logp_at.shape == ids.shape and out.top_ids is None
         compare(out.logp_at, logp_at, **(ROUNDED_ONCE if exact else {"atol": FORWARD_ATOL}), what="logp_at")
         for name in ("logp", "entropy", "lse"):
@@ -164,6 +177,15 @@ def test_a_confident_id_keeps_its_digits(backend: Backend, dtype, option, is_tar
     if dtype != torch.float32:
         bound = bound + 2 * half_ulp(want.grad, dtype)
     compare(grad, want.grad, atol=bound, what="gradient")
+
+
+def test_lse_alone_has_a_gradient(backend: Backend):
+    logits, target, _ = CASE["temperature"].make(torch.float32)
+    gl = torch.tensor([1.0, -2.0, 0.0, 3.0, 0.5])
+    z = backend.put(logits).requires_grad_()
+    tokfuse.token_stats(z, backend.put(target), ids=backend.put(some_ids(logits, target))).lse.backward(backend.put(gl))
+    want = lse_gradient(logits, gl)
+    compare(z.grad, want, atol=GRADIENT_RTOL * want.abs().amax(1, keepdim=True), what="gradient")
 
 
 def test_what_arrives_elsewhere_reaches_a_confident_id(backend: Backend):
@@ -378,7 +400,7 @@ def check_head(backend: Backend, case: HeadCase, *, top_k=None, frozen=False, **
     ids = torch.randint(-1, vocab, (tokens, WIDTH), generator=gen)
     ids[:, 3] = ids[:, 2]
     width = WIDTH if top_k is None else top_k
-    weights = torch.randn(tokens, width, generator=gen), torch.randn(tokens, generator=gen)
+    weights = [torch.randn(*shape, generator=gen) for shape in ((tokens, width), (tokens,), (tokens,))]
     for w in weights:
         w[torch.arange(tokens) % 3 == 1] = 0.0  # rows of no gradient
     results = []
@@ -391,7 +413,7 @@ def check_head(backend: Backend, case: HeadCase, *, top_k=None, frozen=False, **
         given |= {"ids": backend.put(ids)} if top_k is None else {"top_k": top_k}
         with tokfuse.backend("reference" if exact else backend.name):
             out = tokfuse.linear_token_stats(target=backend.put(case.target), **given)
-            head_loss((out.logp_at, out.entropy), weights).backward()
+            head_loss((out.logp_at, out.entropy, out.lse), weights).backward()
         results.append((out, {n: given[n].grad for n in ("hidden", "weight", "bias")}))
     (want, want_grads), (out, grads) = results
     if top_k is not None:
@@ -500,7 +522,9 @@ def test_reference_in_float64_is_the_formula_and_passes_gradcheck():
     out.backward(g)
     compare(out, logp_at, atol=1e-13)
     compare(leaf.grad, grad, atol=1e-13)
-    assert torch.autograd.gradcheck(lambda x: tokfuse.token_stats(x, y, ids=ids, **options).logp_at, (leaf,))
+    for field in ("logp_at", "lse"):
+        call = lambda x: getattr(tokfuse.token_stats(x, y, ids=ids, **options), field)  # noqa: B023, E731
+        assert torch.autograd.gradcheck(call, (leaf,))
     h, w = torch.randn(4, 3, dtype=torch.float64, requires_grad=True), torch.randn(7, 3, dtype=torch.float64)
     w.requires_grad_()
     assert torch.autograd.gradcheck(lambda *x: tokfuse.linear_token_stats(*x, y, ids=ids).logp_at, (h, w))
