@@ -217,8 +217,9 @@ class ClipCov(TokenRule):
 class KLCov(TokenRule):
     """Adds coef |logp - old_logp| on the max(1, fraction N) tokens with the highest covariance.
 
-    N is the number of counting tokens of all ranks. If the two policies agree, the gradient is 0, so the rule has no
-    effect on the first update of a batch.
+    N is the number of counting tokens of all ranks. If logp and old_logp are equal to the bit, the gradient is 0, so
+    the rule has no effect on the first update of a batch. If they differ by a rounding error, the gradient is its sign,
+    as in the authors' code.
 
     Args:
         fraction: share of tokens; the paper's 7B runs use 2e-3.

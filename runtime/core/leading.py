@@ -51,13 +51,13 @@ class Leading(NamedTuple):
 
 
 def without_ignored(
-    op: str, target: torch.Tensor, mask: torch.Tensor | None, ignore_index: int | None
+    op: str, target: torch.Tensor, mask: torch.Tensor | None, ignore_index: int | None, name: str = "ignore_index"
 ) -> torch.Tensor | None:
-    """Return the mask without the rows whose target is `ignore_index`."""
+    """Return the mask without the rows whose target is `ignore_index`; `name` is how the caller wrote that argument."""
     if ignore_index is None:
         return mask
     if isinstance(ignore_index, bool) or not is_integer(ignore_index):
-        raise refuse(op, "ignore_index", "an int or None", repr(ignore_index), "Pass -100 for labels of transformers.")
+        raise refuse(op, name, "an int or None", repr(ignore_index), "Pass -100 for labels of transformers.")
     counts = target != ignore_index
     if mask is None:
         return counts

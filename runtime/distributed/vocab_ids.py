@@ -218,10 +218,10 @@ def _incoming(grads: tuple[torch.Tensor | None, ...], saved: Saved) -> Given | N
     """Return the gradients of (logp, entropy, lse, ..., logp_at), or None if there is none."""
     if all(grad is None for grad in grads):
         return None
-    zero, at = torch.zeros_like(saved.logp, dtype=torch.float64), grads[5]
-    return Given(
-        *(zero if grad is None else grad.double() for grad in grads[:3]),
-        torch.zeros_like(saved.logp_at, dtype=torch.float64) if at is None else at.double(),
+    given, like = (*grads[:3], grads[5]), (saved.logp, saved.logp, saved.logp, saved.logp_at)
+    return Given._make(
+        torch.zeros_like(x, dtype=torch.float64) if grad is None else grad.double()
+        for grad, x in zip(given, like, strict=True)
     )
 
 

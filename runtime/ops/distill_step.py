@@ -324,7 +324,7 @@ def _counting(
         raise refuse(
             OP, "target", "class indices (int64)", str(target.dtype), "Pass labels; the teacher is its own side."
         )
-    return without_ignored(OP, target, mask, cross_entropy.ignore_index), target
+    return without_ignored(OP, target, mask, cross_entropy.ignore_index, "cross_entropy.ignore_index"), target
 
 
 def _class_part(

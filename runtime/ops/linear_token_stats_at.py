@@ -248,9 +248,7 @@ def _op_backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
     grad_at = torch.zeros_like(logp_at) if grads[7] is None else grads[7]
     needs = tuple(ctx.needs_input_grad[:3])
     stats = (row_max, inv_sum, logp, entropy, logp_at)
-    out = _linear_at_backward_op(
-        *tensors, *o.flat()[:5], ctx.budget, ids, offsets, *stats, *grads[:3], grad_at, *needs
-    )
+    out = _linear_at_backward_op(*tensors, *o.flat()[:5], ctx.budget, ids, offsets, *stats, *grads[:3], grad_at, *needs)
     chosen = [x if need else None for x, need in zip(out, needs, strict=True)]
     return (*chosen,) + (None,) * 10
 

@@ -347,7 +347,11 @@ REFUSALS = {
         ValueError,
         "cross_entropy.z_loss must be a finite number",
     ),
-    "ignore": ({"cross_entropy": CrossEntropy(ignore_index=0.5)}, ValueError, "ignore_index must be an int"),
+    "ignore": (
+        {"cross_entropy": CrossEntropy(ignore_index=0.5)},
+        ValueError,
+        "cross_entropy.ignore_index must be an int",
+    ),
     "outside": ({"target": torch.full((TOKENS,), -1)}, ValueError, "target must be in"),
 }
 
