@@ -50,8 +50,7 @@ void token_stats_at_bwd(const LogitsArgs& a, const TokenStatsGrad& grad, const I
   require(longest < (int64_t{1} << 28), "a row has too many ids");
   IdsScratch scratch = {};
   scratch.num_columns = longest + 1;
-  scratch.table_size = 4;
-  while (scratch.table_size < 4 * scratch.num_columns) scratch.table_size *= 2;
+  scratch.table_size = table_places(scratch.num_columns);
   const size_t columns = static_cast<size_t>(a.threads * scratch.num_columns);
   std::vector<int64_t> column(columns);
   std::vector<double> incoming(columns);

@@ -112,8 +112,8 @@ PyObject* eager_token_stats(PyObject*, PyObject* const* args, Py_ssize_t count) 
   });
 }
 
-// (logits, target, options, threads, for_gradient, ids) -> those of eager_token_stats, and logp_at
-// of the shape of ids, a matrix of int64. With for_gradient also the offsets of its rows.
+// (logits, target, options, threads, for_gradient, ids) -> the outputs of eager_token_stats, then
+// logp_at in the shape of ids, a matrix of int64. With for_gradient, the offsets of its rows last.
 PyObject* eager_token_stats_at(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return answer([&]() -> PyObject* {
     plain(count == 6);

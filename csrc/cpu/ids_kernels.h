@@ -5,9 +5,16 @@
 
 namespace tokfuse {
 
-// Working memory of the backward. Each thread has as many columns as the longest row needs, and a
-// hash table of at least four times as many places. With twice as many, a fifth of the insertions
-// meet another column, which costs a mispredicted branch each time.
+// Places of the hash table for a row with this many columns: a power of two, at least four times as
+// many. With twice as many, a fifth of the insertions meet another column, which costs a
+// mispredicted branch each time.
+inline int64_t table_places(int64_t columns) {
+  int64_t places = 4;
+  while (places < 4 * columns) places *= 2;
+  return places;
+}
+
+// Working memory of the backward. Each thread has the columns and the table of the longest row.
 struct IdsScratch {
   int64_t* column;
   double* incoming;  // d loss / d log p of the column

@@ -102,7 +102,7 @@ class _AtFunction(torch.autograd.Function):
         run: Kernels,
         outputs: Sequence[torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, ...]:
-        """`outputs`: those of a forward that has run. logp_at may have any shape."""
+        """Run the forward, unless its `outputs` are given. Their logp_at may have any shape."""
         if outputs is None:
             outputs = tuple(run.forward(logits, target, ids, offsets, **o._asdict()))
         _save(ctx, (logits, target, ids, offsets), o, outputs)
@@ -135,7 +135,7 @@ def _saved(ctx: Any) -> tuple[tuple[torch.Tensor, ...], LogitOptions]:
 
 
 def _incoming(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...] | None:
-    """Return those of logp, entropy, lse and logp_at as the kernels take them, or None if there are none."""
+    """Return the gradients of logp, entropy, lse and logp_at in the form of the kernels. None: all are None."""
     if all(grad is None for grad in grads):
         return None
     *of_rows, grad_at = grads

@@ -229,6 +229,21 @@ def test_offsets_give_what_padding_gives(backend: Backend):
     compare(z.grad, want_grad, rtol=1e-6, atol=1e-9)
 
 
+def test_a_row_with_far_more_ids_than_the_others(backend: Backend):
+    logits, target, _ = CASE["temperature"].make(torch.float32)
+    sizes = torch.tensor([2, 300, 0, 1, 5])
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), sizes.cumsum(0)])
+    ids = torch.randint(-1, logits.shape[1], (308,), generator=torch.Generator().manual_seed(0))
+    grads = []
+    for name, dtype in (("reference", torch.float64), (backend.name, torch.float32)):
+        z = backend.put(logits.to(dtype)).detach().requires_grad_()
+        with tokfuse.backend(name):
+            out = tokfuse.token_stats(z, backend.put(target), ids=backend.put(ids), ids_offsets=backend.put(offsets))
+            out.logp_at.backward(backend.put(torch.cos(torch.arange(308) * 0.9).to(out.logp_at.dtype)))
+        grads.append(z.grad.cpu())
+    compare(grads[1], grads[0], atol=1e-5 * grads[0].abs().amax(1, keepdim=True) + 1e-30, what="gradient")
+
+
 def test_rows_do_not_depend_on_their_batch_and_repeat_to_the_bit(backend: Backend):
     logits, target, _ = CASE["padded_rows"].make(torch.float32)
     ids = some_ids(logits, target)
