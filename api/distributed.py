@@ -15,7 +15,8 @@ Every docstring states the communication of its function. `docs/distributed.md` 
 
 from tokfuse.runtime.distributed.counts import global_normalizer, head_weight, merge_metrics, vocab_shard
 from tokfuse.runtime.distributed.token_slice import TokenSlice, shifted_targets
-from tokfuse.runtime.distributed.vocab_pair import distill_step, linear_paired_divergence, paired_divergence
+from tokfuse.runtime.distributed.vocab_distill import distill_step
+from tokfuse.runtime.distributed.vocab_pair import linear_paired_divergence, paired_divergence
 from tokfuse.runtime.distributed.vocab_parallel import linear_token_stats, policy_step, token_stats
 from tokfuse.runtime.distributed.vocab_shard import VocabShard
 

@@ -220,3 +220,9 @@ def shape_of_head(model: Any) -> torch.Size:
         return zero3.shape_of(weight)
     layer = fsdp.unwrapped(transformers_model(model).get_output_embeddings())  # FSDP1 flattens the weight
     return torch.Size((layer.out_features, layer.in_features))
+
+
+def transformer_of(model: Any) -> Any:
+    """Return the model without its head."""
+    base = model.base_model
+    return model.model if base is model else base  # Llama 4 names another attribute as its base

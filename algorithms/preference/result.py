@@ -5,8 +5,9 @@ from dataclasses import dataclass
 import torch
 
 from tokfuse.algorithms.preference.batch import PreferenceBatch
+from tokfuse.runtime.core.forward_gradients import Gradients
 from tokfuse.runtime.core.statistics import TokenStats
-from tokfuse.runtime.policy.results import Gradients, Influence
+from tokfuse.runtime.policy.results import Influence
 
 
 @dataclass(frozen=True)

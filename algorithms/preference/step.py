@@ -9,6 +9,7 @@ from tokfuse.algorithms.stateful import State
 from tokfuse.runtime.core import checks
 from tokfuse.runtime.core.checks import check_number
 from tokfuse.runtime.core.errors import refuse
+from tokfuse.runtime.core.forward_gradients import Gradients
 from tokfuse.runtime.core.logit_options import LogitOptions, check_logits
 from tokfuse.runtime.core.statistics import TokenStats
 from tokfuse.runtime.lm_head.problem import check_head, probed
@@ -17,7 +18,6 @@ from tokfuse.runtime.ops import influence as influence_op
 from tokfuse.runtime.ops.influence import InfluenceSpec
 from tokfuse.runtime.ops.token_stats import token_stats
 from tokfuse.runtime.ops.unit_step import unit_step
-from tokfuse.runtime.policy.results import Gradients
 
 OP = "preference_step"
 

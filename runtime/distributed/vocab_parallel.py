@@ -17,6 +17,7 @@ from tokfuse.runtime.backends import kept_rows
 from tokfuse.runtime.core.dispatch import select
 from tokfuse.runtime.core.errors import refuse
 from tokfuse.runtime.core.first_order import first_order
+from tokfuse.runtime.core.forward_gradients import Gradients
 from tokfuse.runtime.core.logit_options import LogitOptions
 from tokfuse.runtime.core.statistics import TokenStats, TokenStatsAt
 from tokfuse.runtime.core.token_ids import TokenIds, check_one_of
@@ -31,7 +32,7 @@ from tokfuse.runtime.ops import policy_step_hidden as hidden_step
 from tokfuse.runtime.policy import inputs as policy_inputs
 from tokfuse.runtime.policy.inputs import Normalizer, PolicyInputs, inverse_normalizer
 from tokfuse.runtime.policy.objective import Objective
-from tokfuse.runtime.policy.results import Gradients, PolicyStep, PolicyTerms, step_result
+from tokfuse.runtime.policy.results import PolicyStep, PolicyTerms, step_result
 from tokfuse.runtime.reference import kept_token_stats as kept_reference
 
 STATS, LINEAR, STEP = (f"distributed.{op}" for op in ("token_stats", "linear_token_stats", "policy_step"))

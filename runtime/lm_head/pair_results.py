@@ -7,20 +7,13 @@ from typing import NamedTuple
 import torch
 
 from tokfuse.runtime.core import checks
+from tokfuse.runtime.core.forward_gradients import Gradients, HeldGradients
 from tokfuse.runtime.core.statistics import PairedStats
 from tokfuse.runtime.lm_head.class_part import CrossEntropyLoss
 from tokfuse.runtime.lm_head.pair_problem import PolicyPart
 from tokfuse.runtime.policy.inputs import Normalizer, inverse_of
 from tokfuse.runtime.policy.metrics import NamedMeans
-from tokfuse.runtime.policy.results import (
-    Gradients,
-    HeldGradients,
-    Influence,
-    PolicyLoss,
-    PolicyTerms,
-    loss_result,
-    sampler_mismatch,
-)
+from tokfuse.runtime.policy.results import Influence, PolicyLoss, PolicyTerms, loss_result, sampler_mismatch
 
 SLOTS = ("tokens", "loss", "divergence", "entropy", "logp_gap", "top1_agreement")
 

@@ -15,10 +15,11 @@ from tokfuse.runtime.core import checks
 from tokfuse.runtime.core.checks import Rows, check_vector
 from tokfuse.runtime.core.dispatch import ALL_DTYPES, FLOAT_DTYPES, select
 from tokfuse.runtime.core.errors import refuse
+from tokfuse.runtime.core.forward_gradients import Gradients
 from tokfuse.runtime.core.ranges import ranged
 from tokfuse.runtime.core.statistics import ExtendedTokenStats, TokenStats
 from tokfuse.runtime.lm_head.problem import HeadProblem
-from tokfuse.runtime.policy.results import Gradients, Influence
+from tokfuse.runtime.policy.results import Influence
 from tokfuse.runtime.reference import influence as reference
 from tokfuse.runtime.reference.token_stats import result_dtype
 

@@ -11,6 +11,7 @@ from tokfuse.runtime.core.class_loss import ClassLoss
 from tokfuse.runtime.core.dispatch import FLOAT_DTYPES, select
 from tokfuse.runtime.core.errors import refuse
 from tokfuse.runtime.core.first_order import first_order
+from tokfuse.runtime.core.forward_gradients import Computed, with_gradients
 from tokfuse.runtime.core.graph_ops import graph_op
 from tokfuse.runtime.core.leading import Leading, without_ignored
 from tokfuse.runtime.core.logit_options import FLAT_SCHEMA_WITHOUT_BIAS, LogitOptions
@@ -21,7 +22,6 @@ from tokfuse.runtime.lm_head.probe import deliver, with_probes
 from tokfuse.runtime.lm_head.problem import HEAD_SCHEMA, NAMES, HeadProblem, check_head, fake_gradients, probed, wanted
 from tokfuse.runtime.lm_head.units import HeadKernels, Units, UnitStats
 from tokfuse.runtime.ops.cross_entropy import ClassSums, LossOptions, check_labels, fake_sums, save_sums
-from tokfuse.runtime.policy.results import Computed, with_gradients
 from tokfuse.runtime.reference import cross_entropy as reference
 from tokfuse.runtime.reference import vocab_parallel as rows
 

@@ -12,6 +12,7 @@ from tokfuse.runtime.backends.registration import register_cpu, register_cuda, r
 from tokfuse.runtime.core.checks import may_read
 from tokfuse.runtime.core.dispatch import FLOAT_DTYPES, select
 from tokfuse.runtime.core.first_order import first_order
+from tokfuse.runtime.core.forward_gradients import Computed, Gradients, with_gradients
 from tokfuse.runtime.core.graph_ops import graph_op
 from tokfuse.runtime.core.logit_options import FLAT_SCHEMA_WITHOUT_BIAS, LogitOptions
 from tokfuse.runtime.core.ranges import ranged
@@ -21,7 +22,6 @@ from tokfuse.runtime.lm_head import ids_runs
 from tokfuse.runtime.lm_head.ids_runs import HeadIdsKernels, IdsLoss
 from tokfuse.runtime.lm_head.probe import deliver, with_probes
 from tokfuse.runtime.lm_head.problem import HEAD_SCHEMA, NAMES, HeadProblem, fake_gradients
-from tokfuse.runtime.policy.results import Computed, Gradients, with_gradients
 from tokfuse.runtime.reference import token_stats_at as reference
 from tokfuse.runtime.reference.linear_token_stats import logits_of
 

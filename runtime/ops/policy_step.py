@@ -13,6 +13,7 @@ from tokfuse.runtime.core.checks import may_read
 from tokfuse.runtime.core.dispatch import FLOAT_DTYPES, select
 from tokfuse.runtime.core.errors import refuse
 from tokfuse.runtime.core.forced import eager_cpu
+from tokfuse.runtime.core.forward_gradients import Gradients, with_gradients
 from tokfuse.runtime.core.graph_ops import graph_op
 from tokfuse.runtime.core.leading import Leading, without_ignored
 from tokfuse.runtime.core.logit_options import FLAT_SCHEMA_WITHOUT_MASK, LogitOptions, check_logits, check_values
@@ -34,7 +35,7 @@ from tokfuse.runtime.policy.graph_form import (
 from tokfuse.runtime.policy.inputs import Normalizer, PolicyInputs, inverse_normalizer
 from tokfuse.runtime.policy.metrics import SLOTS, Metrics
 from tokfuse.runtime.policy.objective import Objective
-from tokfuse.runtime.policy.results import ABSENT, Gradients, PolicyStep, PolicyTerms, step_result, with_gradients
+from tokfuse.runtime.policy.results import ABSENT, PolicyStep, PolicyTerms, step_result
 from tokfuse.runtime.policy.shapes import WITHOUT_KERNELS
 from tokfuse.runtime.reference import kept_token_stats as kept_reference
 

@@ -10,6 +10,7 @@ from tokfuse.runtime.backends import kept_rows
 from tokfuse.runtime.backends.reference_policy import traced_step
 from tokfuse.runtime.backends.registration import register_cpu, register_cuda, register_reference, register_triton
 from tokfuse.runtime.core.dispatch import FLOAT_DTYPES, select
+from tokfuse.runtime.core.forward_gradients import Computed, Gradients, with_gradients
 from tokfuse.runtime.core.graph_ops import graph_op
 from tokfuse.runtime.core.logit_options import FLAT_SCHEMA_WITHOUT_MASK, LogitOptions
 from tokfuse.runtime.core.ranges import ranged
@@ -27,7 +28,7 @@ from tokfuse.runtime.policy.graph_form import (
 from tokfuse.runtime.policy.inputs import PolicyInputs
 from tokfuse.runtime.policy.metrics import SLOTS
 from tokfuse.runtime.policy.objective import Objective
-from tokfuse.runtime.policy.results import Computed, Gradients, PolicyTerms, with_gradients
+from tokfuse.runtime.policy.results import PolicyTerms
 from tokfuse.runtime.policy.shapes import WITHOUT_KERNELS
 from tokfuse.runtime.reference import kept_token_stats as kept_reference
 from tokfuse.runtime.reference import linear_token_stats as linear_reference

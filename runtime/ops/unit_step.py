@@ -10,13 +10,13 @@ from typing import NamedTuple
 import torch
 
 from tokfuse.runtime.core.dispatch import select
+from tokfuse.runtime.core.forward_gradients import Computed, Gradients, with_gradients
 from tokfuse.runtime.core.statistics import TokenStats
 from tokfuse.runtime.lm_head import reference_runs
 from tokfuse.runtime.lm_head.probe import deliver, with_probes
 from tokfuse.runtime.lm_head.problem import NAMES, HeadProblem
 from tokfuse.runtime.lm_head.units import Loss, Units, UnitsRun, UnitStats
 from tokfuse.runtime.ops import linear_token_stats as linear
-from tokfuse.runtime.policy.results import Computed, Gradients, with_gradients
 
 # Limit in bytes up to which the default memory budget grows to fit the largest unit.
 LARGEST_DEFAULT = 1 << 30

@@ -32,7 +32,7 @@ from tiny_hf import (
 )
 
 import tokfuse
-from tokfuse.integrations import hf, hosts
+from tokfuse.integrations import hf, hf_forward, hf_packed, hosts
 from tokfuse.runtime.lm_head import cpu_head
 
 # ---------------------------------------------------------------------------------- patched forward
@@ -436,7 +436,7 @@ def test_a_head_placed_by_accelerate():
 def test_a_device_without_kernels_keeps_the_models_own_code(monkeypatch):
     """As on xpu, npu or mps, where the head would compute all logits in float64."""
     theirs = run(make())
-    for module in (hf, hosts):
+    for module in (hf_forward, hosts):
         monkeypatch.setattr(module, "has_kernels", lambda op, device, dtype: False)
     model = make()
     hosts.tell_unchanged.cache_clear()
@@ -528,7 +528,7 @@ def test_packed_sequences_see_themselves_only():
 def test_packed_with_flash_attention_passes_the_borders(monkeypatch):
     """transformers' flash_attention_2 reads the borders instead of a mask."""
     model = make()
-    monkeypatch.setattr(hf, "packed_route", lambda model: "flash_attention_2, no padding")
+    monkeypatch.setattr(hf_packed, "packed_route", lambda model: "flash_attention_2, no padding")
     seen = {}
     backbone = model.base_model.forward
 

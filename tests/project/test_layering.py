@@ -48,7 +48,7 @@ CALLED_THROUGH = {
     "linear_token_stats_at": "linear_token_stats",
 }
 # Modules of ops/ that use the capability records of another op.
-WITHOUT_ROWS = {"unit_step"}
+WITHOUT_ROWS = {"unit_step", "distill_terms"}
 
 
 class Import(NamedTuple):
