@@ -115,6 +115,7 @@ def kept_token_stats_bwd_kernel(
     entropy_ptr,
     grad_logp_ptr,  # (T,) float32 or None
     grad_entropy_ptr,  # (T,) float32 or None
+    grad_lse_ptr,  # (T,) float32 or None
     grad_logits_ptr,  # (T, V), initially 0; only kept entries are written
     stride_logits_t,
     stride_grad_t,
@@ -131,15 +132,17 @@ def kept_token_stats_bwd_kernel(
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row * stride_logits_t
     grad_row_ptr = grad_logits_ptr + row * stride_grad_t
-    ga, gh = 0.0, 0.0
+    ga, gh, gl = 0.0, 0.0, 0.0
     if grad_logp_ptr is not None:
         ga = tl.load(grad_logp_ptr + row)
     if grad_entropy_ptr is not None:
         gh = tl.load(grad_entropy_ptr + row)
+    if grad_lse_ptr is not None:
+        gl = tl.load(grad_lse_ptr + row)
     inv_sum = tl.load(inv_sum_ptr + row)
     begin, end = _support(offsets_ptr, row, num_kept, mask_ptr)
     # Rows without gradient or without a distribution keep their zeros. They are not read.
-    end = tl.where(((ga == 0.0) & (gh == 0.0)) | (inv_sum == 0.0), begin, end)
+    end = tl.where(((ga == 0.0) & (gh == 0.0) & (gl == 0.0)) | (inv_sum == 0.0), begin, end)
     y = tl.load(target_ptr + row)
     offs_k = rows.tile_offsets(VECTORS, LANES, 1)
     # A target outside the support has logp = -inf, which has no gradient. So find it first.
@@ -155,11 +158,16 @@ def kept_token_stats_bwd_kernel(
     m = tl.load(row_max_ptr + row)
     logp, entropy = tl.load(logp_ptr + row), tl.load(entropy_ptr + row)
     a0, a1 = rows.gradient_constants(nats, inv_sum, entropy, ga, gh)
+    of_lse = nats * inv_sum * gl  # times exp2(d c): the term of the log-sum-exp
+    if grad_lse_ptr is not None:
+        a0 += of_lse
     for start in range(begin, end, TILE):
         inside = start + offs_k < end
         ids = tl.load(ids_ptr + start + offs_k, mask=inside, other=0)
         u, slope = _read_kept(row_ptr, ids, inside, vocab_size, softcap, logit_scale, HAS_SOFTCAP)
         at_target = rows.target_gradient(slope, nats, logp, entropy, ga, gh)
+        if grad_lse_ptr is not None:
+            at_target += rows.gradient(u, slope, m, c, of_lse, 0.0)
         grad = tl.where(ids == y, at_target, rows.gradient(u, slope, m, c, a0, a1))
         store(grad_row_ptr + ids, grad, mask=inside & (ids >= 0) & (ids < vocab_size))
 
@@ -226,6 +234,7 @@ def kept_token_stats_bwd(
     entropy: torch.Tensor,
     grad_logp: torch.Tensor | None,
     grad_entropy: torch.Tensor | None,
+    grad_lse: torch.Tensor | None,
     *,
     temperature: float | torch.Tensor,
     softcap: float | None,
@@ -252,6 +261,7 @@ def kept_token_stats_bwd(
             entropy,
             rows.as_float(grad_logp),
             rows.as_float(grad_entropy),
+            rows.as_float(grad_lse),
             out,
             logits.stride(0),
             out.stride(0),
@@ -287,4 +297,4 @@ def _(dtype: torch.dtype) -> None:
 @compile_case("kept_token_stats_bwd", dtypes=FLOAT_DTYPES, streams=0)
 def _(dtype: torch.dtype) -> None:
     row = meta(4096)
-    kept_token_stats_bwd(*_arguments(dtype), row, row, row, row, row, row, **OPTIONS)
+    kept_token_stats_bwd(*_arguments(dtype), *(row,) * 7, **OPTIONS)

@@ -1,5 +1,5 @@
-// kept_token_stats: log-probability, entropy and log-sum-exp over the kept ids of each row, and the
-// gradient of the first two. The gradient is zero for all other columns.
+// kept_token_stats: log-probability, entropy and log-sum-exp over the kept ids of each row, and
+// their gradient. The gradient is zero for all other columns.
 //
 // Bytes per row with k kept ids: the forward gathers k * (8 + sizeof(T)); the backward gathers the
 // same and writes V * sizeof(T). Both compute one exponential per kept id.
@@ -115,11 +115,12 @@ void backward_row(const KeptArgs& a, const TokenStatsGrad& g, const Transform& f
   // A target outside the support has logp = -inf for any logits, so its gradient is 0.
   const float ga = at < 0 || g.grad_logp == nullptr ? 0.0f : g.grad_logp[t];
   const float gh = g.grad_entropy == nullptr ? 0.0f : g.grad_entropy[t];
-  if (ga == 0.0f && gh == 0.0f) return;
+  const float gl = g.grad_lse == nullptr ? 0.0f : g.grad_lse[t];
+  if (ga == 0.0f && gh == 0.0f && gl == 0.0f) return;
   const float temperature = temperature_of(a.logits, t), inv_sum = g.inv_sum[t];
   const float c = base2_scale(a.logits, temperature), scale = a.logits.logit_scale / temperature;
   const double ln_s = -::log(static_cast<double>(inv_sum));
-  const float a0 = static_cast<float>(-scale * inv_sum * (ga + gh * (g.entropy[t] - ln_s)));
+  const float a0 = static_cast<float>(-scale * inv_sum * (ga - gl + gh * (g.entropy[t] - ln_s)));
   const float a1 = static_cast<float>(-scale * inv_sum * gh * kLn2);
   alignas(64) float buffer[kBlock];
   for (int64_t begin = 0; begin < kept.count; begin += kBlock) {
@@ -127,7 +128,7 @@ void backward_row(const KeptArgs& a, const TokenStatsGrad& g, const Transform& f
     gather<T, kTransform>(row, f, kept.ids + begin, n, g.row_max[t], buffer);
     gradient_block(buffer, n, c, 0.0f, a0, a1, buffer);
     if (at >= begin && at < begin + n) {
-      buffer[at - begin] = target_gradient(scale, g.logp[t], g.entropy[t], ga, gh);
+      buffer[at - begin] = target_gradient(scale, g.logp[t], g.entropy[t], ga, gh, gl);
     }
     for (int64_t k = 0; k < n; k++) {
       const int64_t j = kept.ids[begin + k];

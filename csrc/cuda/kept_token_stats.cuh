@@ -85,19 +85,22 @@ __global__ void __launch_bounds__(kKeptThreads, 8)
   for (int64_t t = blockIdx.x; t < a.logits.rows; t += gridDim.x) {
     float ga = g.grad_logp != nullptr ? g.grad_logp[t] : 0.0f;
     const float gh = g.grad_entropy != nullptr ? g.grad_entropy[t] : 0.0f;
+    const float gl = g.grad_lse != nullptr ? g.grad_lse[t] : 0.0f;
     const float inv_sum = g.inv_sum[t];
     const Support ids = support_of(a, t);
     // Rows without gradient or without a distribution keep the zeros of the memset. They are not
     // read.
-    if ((ga == 0.0f && gh == 0.0f) || inv_sum == 0.0f || ids.end <= ids.begin) continue;
+    const bool given = ga != 0.0f || gh != 0.0f || gl != 0.0f;
+    if (!given || inv_sum == 0.0f || ids.end <= ids.begin) continue;
     const int64_t y = a.logits.target[t];
     // A target outside the support has logp = -inf, which has no gradient. So find it first.
     int met = 0;
     for (int64_t i = ids.begin + threadIdx.x; i < ids.end; i += kKeptThreads) met |= a.ids[i] == y;
     if (!__syncthreads_or(met) && y >= 0 && y < a.logits.vocab) ga = 0.0f;
     const Scale scale = scale_at(a.logits, temperature_of(a.logits, t), kTransform);
-    const Slopes s =
+    const Slopes plain =
         slopes_of(scale, g.row_max[t], inv_sum, g.logp[t], g.entropy[t], ga, gh, y, a.logits.vocab);
+    const LseSlopes s = with_lse(plain, inv_sum, gl);
     const T* row = static_cast<const T*>(a.logits.logits) + t * a.logits.stride;
     T* grad = static_cast<T*>(g.grad_logits) + t * g.grad_stride;
     for (int64_t i = ids.begin + threadIdx.x; i < ids.end; i += kKeptThreads) {

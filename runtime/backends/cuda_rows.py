@@ -185,6 +185,7 @@ def kept_token_stats_bwd(
     entropy: torch.Tensor,
     grad_logp: torch.Tensor | None,
     grad_entropy: torch.Tensor | None,
+    grad_lse: torch.Tensor | None,
     **options: Any,
 ) -> torch.Tensor:
     """Return the dense gradient of the logits, exactly 0 outside the kept ids."""
@@ -202,6 +203,7 @@ def kept_token_stats_bwd(
             entropy=entropy,
             grad_logp=grad_logp,
             grad_entropy=grad_entropy,
+            grad_lse=grad_lse,
             grad_logits=grad_logits,
         ),
     )

@@ -25,7 +25,8 @@ class KeptTokenStats(NamedTuple):
     entropy: torch.Tensor
     """-sum p log p over the kept ids, nats. Differentiable."""
     lse: torch.Tensor
-    """log-sum-exp of the kept transformed logits, nats. The lse of all logits minus this is -log of the kept mass."""
+    """log-sum-exp of the kept transformed logits, nats. The lse of all logits minus this is -log of the kept mass.
+    Differentiable."""
 
 
 @ranged("kept_token_stats.fwd")
@@ -69,9 +70,9 @@ def kept_token_stats(
         logp = lse = -inf, entropy = 0 and a zero gradient. Bitwise repeatable. A row does not depend
         on its batch or on the number of threads. The order of the ids affects only the rounding.
 
-    Gradients and memory: logits receive the gradient of logp and entropy, which is exactly 0 outside
-        the kept ids. lse is detached. Forward and backward gather the kept logits. The backward writes
-        a dense (tokens, vocab) gradient. Saved: logits, ids and four (tokens,) vectors.
+    Gradients and memory: logits receive the gradient of all three results, which is exactly 0 outside
+        the kept ids. Forward and backward gather the kept logits. The backward writes a dense
+        (tokens, vocab) gradient. Saved: logits, ids and four (tokens,) vectors.
 
     Examples:
         >>> kept, offsets = torch.tensor([0, 2, 1, 3]), torch.tensor([0, 2, 4])  # two ids per row
@@ -127,18 +128,17 @@ class _KeptFunction(torch.autograd.Function):
         ctx.save_for_backward(logits, target, ids, offsets, row_max, inv_sum, logp, entropy, *tensors)
         ctx.run = run
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(lse)
         return logp, entropy, lse
 
     @staticmethod
     @first_order("kept_token_stats")
     @ranged("kept_token_stats.bwd")
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
-        if grads[0] is None and grads[1] is None:
+        if all(grad is None for grad in grads):
             return (None,) * 6
         *saved, vector, mask, bias_logits = ctx.saved_tensors
         o = ctx.options.joined(vector, mask, bias_logits)
-        return (ctx.run.backward(*saved, grads[0], grads[1], **o.without_bias()),) + (None,) * 5
+        return (ctx.run.backward(*saved, *grads, **o.without_bias()),) + (None,) * 5
 
 
 SUPPORT_SCHEMA = "Tensor logits, Tensor target, Tensor ids, Tensor offsets"
@@ -165,7 +165,7 @@ def _(logits: torch.Tensor, *_: Any) -> tuple[torch.Tensor, ...]:
 @graph_op(
     "tokfuse::kept_token_stats_backward",
     f"({SUPPORT_SCHEMA}, Tensor row_max, Tensor inv_sum, Tensor logp, Tensor entropy, Tensor? grad_logp,"
-    f" Tensor? grad_entropy, {FLAT_SCHEMA_WITHOUT_BIAS}) -> Tensor",
+    f" Tensor? grad_entropy, Tensor? grad_lse, {FLAT_SCHEMA_WITHOUT_BIAS}) -> Tensor",
 )
 @ranged("kept_token_stats.bwd")
 def _kept_backward_op(logits: torch.Tensor, *rest: Any) -> torch.Tensor:
@@ -188,15 +188,15 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor
     ctx.options, tensors = LogitOptions.from_flat(*flat).split()
     ctx.save_for_backward(logits, target, ids, offsets, row_max, inv_sum, logp, entropy, *tensors)
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(lse, row_max, inv_sum)
+    ctx.mark_non_differentiable(row_max, inv_sum)
 
 
 def _op_backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
-    if grads[0] is None and grads[1] is None:
+    if all(grad is None for grad in grads):
         return (None,) * 9
     *saved, vector, mask, bias_logits = ctx.saved_tensors
     o = ctx.options.joined(vector, mask, bias_logits)
-    return (_kept_backward_op(*saved, grads[0], grads[1], *o.flat()[:5]),) + (None,) * 8
+    return (_kept_backward_op(*saved, *grads[:3], *o.flat()[:5]),) + (None,) * 8
 
 
 _kept_op.register_autograd(_op_backward, setup_context=_setup_context)

@@ -58,7 +58,7 @@ def forward(
         return torch.where(keep, torch.where(dead, dead_value, x), 0.0)
 
     minus_inf = float("-inf")
-    stats = final(logp, minus_inf), final(entropy, 0.0), final(m + rest, minus_inf).detach()
+    stats = final(logp, minus_inf), final(entropy, 0.0), final(m + rest, minus_inf)
     return rounded(stats, logits.dtype)
 
 

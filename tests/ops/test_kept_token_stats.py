@@ -49,7 +49,7 @@ def restricted(logits, ids, offsets):
 
 
 def truth(logits, target, ids, offsets, **options):
-    """Return float64 token_stats of the restricted logits and the gradients of logp and of entropy.
+    """Return float64 token_stats of the restricted logits and the gradients of logp, entropy and lse.
 
     The last result is the size of the entropy gradient's largest term, before p (log p + H) cancels.
     """
@@ -59,7 +59,8 @@ def truth(logits, target, ids, offsets, **options):
     kept = [ids[a:b] for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
     found = [bool((row == y).any()) for row, y in zip(kept, target, strict=True)]
     valid = (out.logp > -INF) & torch.tensor(found, dtype=torch.bool)
-    grads = [torch.autograd.grad(x.sum(), z, retain_graph=True)[0] for x in (out.logp[valid], out.entropy)]
+    summed = out.logp[valid], out.entropy, out.lse[out.lse > -INF]
+    grads = [torch.autograd.grad(x.sum(), z, retain_graph=True)[0] for x in summed]
     log_p = torch.where(z == -INF, -1e4, z.detach() - out.lse.detach().nan_to_num().unsqueeze(1))
     size = log_p.clamp(max=0).exp() * (log_p.abs() + out.entropy.detach().unsqueeze(1))
     return out, [torch.where(z == -INF, 0.0, g) for g in grads], size.amax(1, keepdim=True)
@@ -75,13 +76,13 @@ def check(logits, target, ids, offsets, rtol=2e-6, atol=1e-9, **options):
     for name in out._fields:
         bound = ROUNDED_ONCE if exact else {"atol": 2e-5}
         compare(getattr(out, name), getattr(wanted, name), **bound, what=name)
-    weights = torch.linspace(-1, 2, len(target)), torch.linspace(1, -1, len(target))
-    logp = torch.where(out.logp > -INF, out.logp, 0.0)
-    (logp * weights[0] + out.entropy * weights[1]).sum().backward()
+    weights = [torch.linspace(*ends, len(target)) for ends in ((-1, 2), (1, -1), (0.5, -2))]
+    logp, lse = (torch.where(x > -INF, x, 0.0) for x in (out.logp, out.lse))
+    sum(w * x for w, x in zip(weights, (logp, out.entropy, lse), strict=True)).sum().backward()
     want = sum(g * w.double().unsqueeze(1) for g, w in zip(grads, weights, strict=True))
-    of_logp, of_entropy = (w.abs().unsqueeze(1) for w in weights)
+    of_logp, of_entropy, of_lse = (w.abs().unsqueeze(1) for w in weights)
     # If p is near 1, log p + H is a difference of float32 numbers near 0, each rounded at 6e-8.
-    bound = atol + scale * (rtol * of_logp + of_entropy * (rtol * term + 3e-7))
+    bound = atol + scale * (rtol * (of_logp + of_lse) + of_entropy * (rtol * term + 3e-7))
     if exact:
         bound = half_ulp(want, logits.dtype) + half_ulp(want, torch.float32) + 1e-14
     worst = ((z.grad.double() - want).abs() / bound).nan_to_num(INF).amax(1)
@@ -134,6 +135,18 @@ def test_kept_mass_from_the_two_lse():
     torch.testing.assert_close(mass.double(), want, rtol=1e-5, atol=0)
 
 
+def test_the_kept_mass_has_a_gradient():
+    """A penalty on the probability outside the kept ids, from the two log-sum-exps."""
+    logits, target, ids, offsets = batch()
+    z = logits.requires_grad_()
+    log_mass = kept_token_stats(z, target, ids, offsets).lse - token_stats(z, target).lse
+    (grad,) = torch.autograd.grad(log_mass.sum(), z)
+    exact = logits.detach().double().requires_grad_()
+    log_p = restricted(exact.log_softmax(1), ids, offsets)
+    (want,) = torch.autograd.grad(log_p.logsumexp(1).sum(), exact)
+    torch.testing.assert_close(grad.double(), want, rtol=1e-5, atol=1e-6)
+
+
 @hypothesis.given(st.data())
 @hypothesis.settings(suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
 def test_any_support(data):
@@ -159,8 +172,10 @@ def test_target_outside_its_support():
     assert out.logp[0] == -INF and out.entropy[0] > 0 and out.lse[0] > -INF
     (grad,) = torch.autograd.grad(out.logp.sum(), z, retain_graph=True)
     assert (grad[0] == 0).all() and (grad[1] != 0).any()
-    (grad,) = torch.autograd.grad(out.entropy.sum(), z)
+    (grad,) = torch.autograd.grad(out.entropy.sum(), z, retain_graph=True)
     assert (grad[0] != 0).any()
+    (grad,) = torch.autograd.grad(out.lse.sum(), z)  # p over the kept ids
+    torch.testing.assert_close(grad.sum(1), torch.ones(2))
 
 
 def test_rows_without_a_distribution():
@@ -170,7 +185,7 @@ def test_rows_without_a_distribution():
     for field in (out.logp, out.lse):
         assert (field == -INF).all()
     assert (out.entropy == 0).all()
-    (out.entropy + torch.where(out.logp > -INF, out.logp, 0.0)).sum().backward()
+    (out.entropy + sum(torch.where(x > -INF, x, 0.0) for x in (out.logp, out.lse))).sum().backward()
     assert (logits.grad == 0).all()
 
 
@@ -235,19 +250,18 @@ def test_gradcheck(backend):
     mask = torch.tensor([True, True, False])
 
     def stats(z):
-        return kept_token_stats(z, target, ids, offsets, mask=mask, softcap=5.0, temperature=0.8)[:2]
+        return kept_token_stats(z, target, ids, offsets, mask=mask, softcap=5.0, temperature=0.8)
 
     assert torch.autograd.gradcheck(stats, (logits.requires_grad_(),))
 
 
 def test_only_one_output_used():
     logits, target, ids, offsets = batch()
-    for name, index in (("logp", 0), ("entropy", 1)):
+    for index, name in enumerate(("logp", "entropy", "lse")):
         z = logits.clone().requires_grad_()
         getattr(kept_token_stats(z, target, ids, offsets), name).sum().backward()
         want = truth(logits, target, ids, offsets)[1][index]
         torch.testing.assert_close(z.grad.double(), want, rtol=1e-4, atol=2e-6)
-    assert not kept_token_stats(z, target, ids, offsets).lse.requires_grad
 
 
 def test_a_row_does_not_depend_on_batch_or_threads(backend):
