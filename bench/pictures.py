@@ -49,14 +49,14 @@ THEMES = (
 
 
 def comparison(rows: Sequence[Row]) -> Values:
-    """Return the values of the bars: milliseconds, time relative to tokfuse, and MiB of workspace per provider."""
+    """Return the values of the bars, fastest first: milliseconds, time relative to tokfuse, MiB of workspace."""
     found = {row.provider: row for row in rows if _case(row) == CASE and row.status == "pass" and not row.sweep}
     bars: Values = {}
     for provider, name in PROVIDERS.items():
         row = found.get(provider)
         if row is not None and row.median_ms and row.workspace_bytes is not None:
             bars[name] = [row.median_ms, row.ratio, round(row.workspace_bytes / 2**20, 1)]
-    return bars
+    return dict(sorted(bars.items(), key=lambda bar: bar[1][0]))
 
 
 def scaling(rows: Sequence[Row]) -> Values:
