@@ -20,6 +20,7 @@ LoRA on the lm_head is supported too. LoRA with dropout, DoRA and other adapters
 
 import contextlib
 import functools
+import inspect
 import types
 from collections.abc import Iterator
 from typing import Any
@@ -35,6 +36,7 @@ from tokfuse.integrations.hf_head import (
     OP,
     SUPPORTED,
     ModelHead,
+    check_own_forward,
     head_of,
     shape_of_head,
     stored_head,
@@ -71,8 +73,8 @@ def install(model: Any, *, temperature: float = 1.0, eval_logits: bool = True) -
 
     loss = -sum log p(label) / num_items_in_batch, as the model's own; without num_items_in_batch, the mean over labels
     that are not -100. The output's `logits` are None. `shift_labels` are scored without a shift. `token_stats=True`
-    adds `logp` and `entropy`, (batch, length), with gradient. Without labels, the model's own forward runs, so
-    generation is unchanged.
+    adds `logp` and `entropy` of every scored position, with gradient: (batch, length - 1), with `shift_labels`
+    (batch, length). Without labels, the model's own forward runs, so generation is unchanged.
 
     With gradients enabled, the forward also computes the gradients of the loss. It keeps that of the lm_head, a tensor
     of the size of its weight, until the backward. Evaluate under `torch.no_grad`.
@@ -101,6 +103,7 @@ def install(model: Any, *, temperature: float = 1.0, eval_logits: bool = True) -
     stored_head(model)
     kind: Any = type(model)
     if patched_base(kind) is None:
+        check_own_forward(f"{OP}.install", model)
         patched = _patched(kind)
         hooked = _of_accelerate_hook(model, kind.forward, patched.forward)
         if "forward" in vars(model) and not hooked and not _leads_to(model.forward, patched.forward):
@@ -191,13 +194,16 @@ def describe(model: Any) -> str:
 @functools.cache
 def _patched(base: Any) -> Any:
     """Return the subclass of `base` whose instances with the attribute `STATE` compute their loss on tokfuse."""
+    positions = tuple(inspect.signature(base.forward).parameters)[1:]
 
     @functools.wraps(base.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         state = getattr(self, STATE, None)
         if state is None:  # uninstalled, and called through a wrapper of other code
             return base.forward(self, *args, **kwargs)
-        return forward_without_logits(self, functools.partial(base.forward, self), state, *args, **kwargs)
+        named = dict(zip(positions, args, strict=False))  # labels may be given by position
+        original = functools.partial(base.forward, self)
+        return forward_without_logits(self, original, state, *args[len(named) :], **named, **kwargs)
 
     def __setattr__(self: Any, name: str, value: Any) -> None:
         if name == "forward" and _is_trl_head(value) and getattr(self, STATE, None) and not _trl_on_tokfuse():

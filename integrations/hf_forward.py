@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, get_args
 import torch
 
 from tokfuse.integrations import fsdp
-from tokfuse.integrations.hf_head import OP, gathered_head, transformer_of
+from tokfuse.integrations.hf_head import OP, check_own_loss, gathered_head, transformer_of
 from tokfuse.integrations.hosts import has_kernels, on_kernels, tell_unchanged
 from tokfuse.runtime.core.errors import refuse
 from tokfuse.runtime.ops.linear_cross_entropy import linear_cross_entropy
@@ -58,6 +58,7 @@ def forward_without_logits(
     labels: torch.Tensor | None = None,
     shift_labels: torch.Tensor | None = None,
     num_items_in_batch: torch.Tensor | int | None = None,
+    ignore_index: int = IGNORE,
     token_stats: bool = False,
     skip_logits: bool | None = None,
     **kwargs: Any,
@@ -77,22 +78,23 @@ def forward_without_logits(
             )
         tell_unchanged("transformers", weight.device.type, weight.dtype)
         given = {"labels": labels, "shift_labels": shift_labels, "num_items_in_batch": num_items_in_batch}
+        given |= {} if ignore_index == IGNORE else {"ignore_index": ignore_index}
         return original(*args, **{k: v for k, v in given.items() if v is not None}, **kwargs)
     _check_forward(model, kwargs)
     if skip_logits is None:
         skip_logits = not state.eval_logits or model.training or torch.is_grad_enabled() or token_stats
     if not skip_logits:
         output = original(*args, **kwargs)
-        loss = _loss_of_logits(output.logits, labels, num_items_in_batch, IGNORE, shift_labels, state.temperature)
+        loss = _loss_of_logits(output.logits, labels, num_items_in_batch, ignore_index, shift_labels, state.temperature)
         return type(output)(loss=loss, **output)
     outputs = transformer_of(model)(*args, **kwargs)
     hidden = outputs.last_hidden_state
     if shift_labels is None:
-        hidden, target = hidden[:, :-1], labels[:, 1:]  # type: ignore[index]
+        hidden, target = hidden[:, :-1], labels[..., 1:]  # type: ignore[index]
     else:
         target = shift_labels
     target = target.to(hidden.device)
-    rows = target != IGNORE
+    rows = target != ignore_index
     # The loss alone needs no second GEMM for the logits: its gradient is computed in the forward.
     op = linear_token_stats if token_stats else functools.partial(linear_cross_entropy, reduction="sum")
     found = _of_labelled_rows(op, model, hidden, target, rows, state.temperature)
@@ -139,13 +141,13 @@ def _of_rows(op: Callable[..., Any], model: Any, target: torch.Tensor, temperatu
 
 def _check_forward(model: Any, kwargs: dict[str, Any]) -> None:
     config = model.config.get_text_config()
+    check_own_loss(model, causal_lm_loss)
+    router = kwargs.get("output_router_logits")
+    by_default = getattr(model.config, "return_dict", True)
     refused = {
         "logits_to_keep": (kwargs.pop("logits_to_keep", 0), 0),
-        "return_dict": (kwargs.pop("return_dict", None) is False, False),
-        "output_router_logits": (
-            kwargs.get("output_router_logits", getattr(config, "output_router_logits", False)),
-            False,
-        ),
+        "return_dict": (kwargs.pop("return_dict", None) is not False and by_default, True),
+        "output_router_logits": (getattr(config, "output_router_logits", False) if router is None else router, False),
     }
     for name, (given, allowed) in refused.items():
         if not isinstance(given, int) or given != allowed:

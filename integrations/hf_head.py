@@ -129,8 +129,57 @@ def stored_head(model: Any) -> ModelHead:
 
 
 def transformers_model(model: Any) -> Any:
-    """Return the transformers model inside PEFT's wrapper."""
-    return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
+    """Return the transformers model inside the wrappers of PEFT, DDP, DataParallel, FSDP1 and torch.compile."""
+    while (inner := _inside(model)) is not model:
+        model = inner
+    if not hasattr(getattr(model, "config", None), "get_text_config"):
+        raise refuse(
+            OP,
+            "model",
+            "a causal language model of transformers, or one in a wrapper of PEFT, DDP, FSDP or torch.compile",
+            f"a {type(model).__name__}",
+            "Pass the model itself.",
+        )
+    return model
+
+
+def _inside(model: Any) -> Any:
+    """Return what a wrapper contains. The model itself if it is no wrapper."""
+    if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+        return model.get_base_model()
+    if isinstance(model, torch.nn.DataParallel | torch.nn.parallel.DistributedDataParallel):
+        return model.module
+    if "_orig_mod" in getattr(model, "_modules", {}):  # torch.compile
+        return model._orig_mod
+    return fsdp.unwrapped(model)
+
+
+def check_own_forward(op: str, model: Any) -> None:
+    """Raise ValueError if the class of the model has a forward that transformers does not define."""
+    home = type(model).forward.__module__
+    if not home.startswith("transformers."):
+        raise refuse(
+            op,
+            f"{type(model).__name__}.forward",
+            "a forward of transformers (the patch computes the loss in its place, so other code would not run)",
+            f"a function of {home}",
+            f"Remove that forward, or use {OP}.causal_lm_loss, which takes logits.",
+        )
+
+
+def check_own_loss(model: Any, ours: Any) -> None:
+    """Raise ValueError if the model's loss function is neither transformers' cross entropy nor `ours`."""
+    from transformers.loss.loss_utils import ForCausalLMLoss
+
+    found = model.loss_function
+    if found is not ForCausalLMLoss and found is not ours:
+        raise refuse(
+            OP,
+            "model.loss_function",
+            "transformers' ForCausalLMLoss (the patch computes this loss from hidden states, and calls no function)",
+            getattr(found, "__qualname__", repr(found)),
+            f"Call {OP}.uninstall(model) to use your loss.",
+        )
 
 
 def _weight_and_bias(head: Any) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -280,13 +280,72 @@ def test_a_forward_option_that_is_not_honoured_is_refused(more):
     model = make()
     with hf.installed(model), pytest.raises(ValueError, match=rf"integrations.hf: {next(iter(more))} "):
         model(**batch(), **more)
+    model.config.return_dict = False
+    with hf.installed(model), pytest.raises(ValueError, match=r"return_dict must be True .*; got False"):
+        model(**batch())
 
 
-def test_labels_of_another_length_are_refused():
+@pytest.mark.parametrize("shape", [(B, L - 2), (B * L,)])
+def test_labels_of_another_shape_are_refused(shape):
     model = make()
-    given = {**batch(), "labels": torch.zeros(B, L - 2, dtype=torch.int64)}
+    given = {**batch(), "labels": torch.zeros(shape, dtype=torch.int64)}
     with hf.installed(model), pytest.raises(ValueError, match=r"labels must be of shape .* \(3, 8\)"):
         model(**given)
+
+
+def test_labels_by_position_and_an_ignored_index():
+    model, given = make(), batch()
+    with hf.installed(model, temperature=0.5):
+        named = model(**given)
+        mine = model(given["input_ids"], given["attention_mask"], None, None, None, given["labels"])
+        assert torch.equal(mine.loss, named.loss) and mine.logits is None
+        assert model(**given, output_router_logits=None).loss == named.loss
+    given["labels"][given["labels"] == -100] = 7
+    theirs = model(**given, ignore_index=7).loss.item()
+    with hf.installed(model):
+        assert model(**given, ignore_index=7).loss.item() == pytest.approx(theirs, rel=1e-6)
+        with torch.no_grad():
+            assert model.eval()(**given, ignore_index=7).loss.item() == pytest.approx(theirs, rel=1e-6)
+
+
+class TwiceTheLoss(transformers.LlamaForCausalLM):
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
+        output.loss = 2 * output.loss
+        return output
+
+
+def test_a_forward_or_a_loss_of_the_user_is_not_replaced():
+    model = make()
+    model.__class__ = TwiceTheLoss
+    with pytest.raises(ValueError, match=r"TwiceTheLoss.forward must be a forward of transformers .*; got a function"):
+        hf.install(model)
+    model = make()
+    hf.install(model)
+    model.loss_function = hf.causal_lm_loss
+    assert model(**batch()).loss.isfinite()
+    model.loss_function = lambda logits, labels, vocab_size, **kwargs: logits.sum()
+    for train in (True, False):
+        with pytest.raises(ValueError, match=r"model.loss_function must be transformers' ForCausalLMLoss .*<lambda>"):
+            model.train(train)(**batch())
+
+
+@pytest.mark.parametrize("wrap", [torch.nn.DataParallel, lambda model: torch.compile(model, backend="eager")])
+def test_a_wrapped_model(wrap):
+    model = make()
+    theirs = model(**batch()).loss.item()
+    wrapped = wrap(model)
+    with hf.installed(wrapped):
+        assert hf.is_installed(model)
+        mine = wrapped(**batch())
+    assert mine.logits is None and mine.loss.item() == pytest.approx(theirs, rel=1e-6)
+    assert type(model) is transformers.LlamaForCausalLM
+
+
+@pytest.mark.parametrize("other", [None, "gpt2", torch.nn.Linear(2, 2)])
+def test_what_is_no_model_of_transformers_is_refused(other):
+    with pytest.raises(ValueError, match=r"model must be a causal language model .*; got a (NoneType|str|Linear)\. "):
+        hf.install(other)
 
 
 def test_older_versions_and_other_models_are_refused(monkeypatch):
