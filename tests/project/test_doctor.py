@@ -36,7 +36,8 @@ def test_versions(data):
 
 
 def test_every_op_and_backend_has_a_row(data):
-    modules = {file.stem for file in (ROOT / "runtime" / "ops").glob("[!_]*.py")} - {"unit_step"}  # runs on another's
+    modules = {file.stem for file in (ROOT / "runtime" / "ops").glob("[!_]*.py")}
+    modules -= {"unit_step", "distill_terms"}  # run on the records of other ops
     ops = {row["op"] for row in data["ops"]}
     assert modules <= ops, "a module of runtime/ops registered no op of its name"
     pairs = [(row["op"], row["backend"]) for row in data["ops"]]
