@@ -27,9 +27,9 @@ PACKAGES = ("tokfuse", "torch", "triton", "transformers", "numpy", "nvidia-ml-py
 # Every environment variable that the project reads, or that changes its behaviour.
 ENVIRONMENT = {
     "TOKFUSE_BACKEND": "force one backend for every op: cuda, triton, cpu or reference",
-    "TOKFUSE_CUDA_HOST": "a build of the CUDA kernels that runs on the CPU, for tests",
+    "TOKFUSE_CUDA_HOST": "path of a build of the CUDA kernels that runs on the CPU, for tests",
     "TOKFUSE_ISA": "x86-64 level of the CPU kernels: v2, v3 or v4; default: the best that the CPU supports",
-    "TOKFUSE_KEEP_MIB": "MiB of freed CPU memory cached for later calls; 0 disables the cache",
+    "TOKFUSE_KEEP_MIB": "MiB of freed CPU memory cached for later calls, 0: none; default: 1/8 of the memory, at most 4096",
     "TOKFUSE_CHECK": "1 also checks values on a GPU, which synchronises the device",
     "TOKFUSE_NVTX": "1 pushes NVTX ranges around every op, 0 disables them; default: only under nsys",
     "OMP_NUM_THREADS": "CPU threads, shared with torch (torch.set_num_threads overrides it)",
@@ -40,7 +40,7 @@ ENVIRONMENT = {
     "TOKFUSE_CUDA": "AUTO builds the CUDA kernels if nvcc is found, ON requires them, OFF disables them",
     "TOKFUSE_STRICT_BUILD": "1 makes a failed native build an error instead of a fallback",
     "TOKFUSE_CMAKE_ARGS": "extra arguments for the CMake configure step",
-    "TOKFUSE_KEEP_NATIVE": "1: an editable install keeps the native module that the sources hold",
+    "TOKFUSE_KEEP_NATIVE": "1 makes an editable install keep an existing native module instead of building it",
     "MAX_JOBS": "parallel compile jobs of the native build",
     "TOKFUSE_BENCH_FULL": "1 makes `pytest bench` use the published shapes",
 }
