@@ -140,8 +140,8 @@ class capture(contextlib.AbstractContextManager[Captured]):  # noqa: N801  used 
         model: a module. Forwards of `model` itself start a new batch of rows.
         rank: r of the features, r^2 numbers per layer and sequence, >= 1.
         modules: names or patterns (`*.mlp.*`) of the layers. "all": every linear layer and norm. "trainable": the
-            layers whose weight requires a gradient, e.g. the A and B of LoRA. None: all but the lm_head, which is one
-            layer with a large part of the gradient, so the spread of its projection does not average out.
+            layers whose weight requires a gradient, e.g. the A and B of LoRA. None: all except the lm_head. The lm_head
+            is one layer with a large part of the gradient, so the error of its projection does not average out.
         seed: seed of the projections. Only features with the same layers, rank and seed are comparable.
         optimizer: an Adam or Adafactor optimizer after its first step. The features are then projections of g /
             sqrt(v), with v replaced by its rank-1 approximation R_i C_j / mean(v). Use it for the training samples,

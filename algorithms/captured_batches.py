@@ -154,7 +154,7 @@ class _Product(NamedTuple):
 
 
 class Recorder:
-    """The batches of a capture. Products wait until one launch computes the sums of several layers.
+    """The batches of a capture. Products are stored until one launch computes the sums of several layers.
 
     Args:
         layers: number of captured linear layers.
@@ -215,7 +215,7 @@ class Recorder:
         batch.add_norm(norm, offsets, rows)
 
     def add_up(self) -> None:
-        """Compute the sums of the waiting products."""
+        """Compute the sums of the stored products."""
         if not self._waiting:
             return
         batch, offsets = self._waiting[0].batch, self._waiting[0].offsets

@@ -10,7 +10,7 @@ from tokfuse.runtime.core.errors import refuse
 def returns(batch: Batch, *, gamma: float = 1.0, lam: float = 1.0, reward_kl: float = 0.0) -> torch.Tensor:
     """Return the regression target of the critic, (tokens,): GAE + value. With lam 1: the Monte-Carlo return.
 
-    A decoupled critic (VAPO) uses lam 1, whatever lam the policy uses.
+    A decoupled critic (VAPO) uses lam 1 with every lam of the policy.
 
     Args:
         batch: needs `value`, and `reward` or `token_reward`; with reward_kl also `ref_logp`.

@@ -30,7 +30,7 @@ CODE_MAX_TURNS = 50  # default of the key "max_step", which the released scripts
         "mode='paper': the band penalty is piecewise constant, so it has no gradient and only changes the reported "
         "loss (`Plan.constant`). mode='hinge' is an extension with a gradient. form='paper' (default): a batch "
         "without a turn does not count in the mean of that turn. form='code': the entropies of a rollout with n "
-        "turns are stored as those of the last n turns of the history, and the others count as 0; the penalty "
+        "turns are stored for the last n turns of the history, and the other turns count as 0; the penalty "
         "starts at turn 25, because the code reads a key that its scripts do not set. Sequence means skip padding, "
         "which the code includes. The PPO branch of the launch script does not pass the options of the band."
     ),

@@ -223,7 +223,7 @@ CARDS = {
     "lopti": Card(
         r"L_1 = \sum_{\pi_{\text{old}}(y_t) < \eta} \ell_t, \quad L_2 = \sum_{\pi_{\text{old}}(y_t) \ge \eta} \ell_t, "
         r"\quad \text{one update each}",
-        "Gradients of rare tokens hide those of common tokens.",
+        "Gradients of rare tokens hide the gradients of common tokens.",
         "Fresh data: higher mean reward than GRPO in all five seeds, confirmed. Stale data: not confirmed.",
     ),
     "mirror_descent": Card(

@@ -1,4 +1,4 @@
-"""The words that TRL, verl, OpenRLHF and others use for an option or a method, and ours for the same thing."""
+"""The words that TRL, verl, OpenRLHF and others use for an option or a method, and tokfuse's words for the same."""
 
 import difflib
 from collections.abc import Collection

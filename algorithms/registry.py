@@ -3,7 +3,7 @@
 `label` is the strength of the claim:
 
 * "exact (paper)": the formula is the paper's.
-* "exact (released code)": what it computes is what the code that `source` names computes.
+* "exact (released code)": it computes the same as the code that `source` names.
 * "exact (paper, released code)": the two differ; an option, usually `form`, selects one, and each is exact.
 * "recon": reconstructed from sources that agree; the assumptions are named.
 * "analogue": a token-level counterpart of a method from another domain.
@@ -54,7 +54,7 @@ class Entry:
         table: module that contains the registration, if it differs from the module of `cls`.
         preset: field values that turn the class into this method.
         required: options that must be given, because no default was published.
-        presets: published configurations by name; "authors" is that of the released code.
+        presets: published configurations by name; "authors" is the configuration of the released code.
         system: row in the paper index.
         label: one of `LABELS`.
         source: the paper, and the code that the formula was read from.
@@ -152,8 +152,8 @@ def make(name: str, *, preset: str | None = None, **options: Any) -> Any:
 
     Args:
         name: one of `tokfuse.algorithms.list()`.
-        preset: a published configuration of the method, e.g. "authors" for the released code's. `options` win over
-            its values. None: the defaults.
+        preset: a published configuration of the method, e.g. "authors" for the released code's. `options` replace its
+            values. None: the defaults.
         options: fields of the method. `python -m tokfuse algorithms NAME` lists them and the presets. The defaults
             are the paper's.
 

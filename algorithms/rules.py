@@ -251,7 +251,7 @@ class PositiveLikelihood(TokenRule):
 
     over="chosen" counts the chosen tokens of this plan over all ranks. To accumulate micro-batches, use `Plan.take`.
     The term is the anchor of the objective: a "k1" KL against log-probability 0 has the value and gradient of the
-    likelihood. A KL to the reference can be used beside it.
+    likelihood. A KL to the reference can be used together with it.
 
     Args:
         coef: weight of the term.
@@ -313,7 +313,7 @@ def _group_best(batch: Batch) -> torch.Tensor:
 
 
 def with_anchor(plan: Plan, kl: KL, anchor_logp: torch.Tensor, weight: torch.Tensor, op: str) -> Plan:
-    """Return the plan with this second KL term, beside a KL to the reference. An objective has room for one anchor."""
+    """Return the plan with this second KL term, next to a KL to the reference. An objective has only one anchor."""
     if plan.objective.anchor is not None:
         raise refuse(
             op,

@@ -58,10 +58,10 @@ def train_step(
 ) -> TrainStep:
     """Train on one rollout, and return the next state of the method.
 
-    The call prepares the batch, takes the steps on the previous rollout that come first (PIPO), then one optimizer step
-    per plan of every minibatch, and updates the state. It reads the current policy first if the method needs it
-    (`needs_policy`), adds up gradients over micro-batches, and adds counts and measured sums over the ranks of
-    `batch.world`.
+    The call prepares the batch and takes the steps on the previous rollout, if the method has any (PIPO). Then it takes
+    one optimizer step per plan of every minibatch, and updates the state. If the method needs statistics of the current
+    policy (`needs_policy`), they are computed first. Gradients are added over micro-batches, and counts and measured sums
+    over the ranks of `batch.world`.
 
     Args:
         algorithm: a method from `make`, or your own subclass.
@@ -84,7 +84,7 @@ def train_step(
         leave_out: True skips the forward pass of prompts (without group_ids: of responses) whose gradient is exactly 0.
             Metrics and measured sums then describe the others only.
         on_step: called after each micro-batch with its plan, the inputs of `policy_step` and the result, before the
-            backward. To add a term of your own to the same optimizer step, call its `backward()` there.
+            backward. To add another loss term to the same optimizer step, call its `backward()` there.
 
     Returns:
         TrainStep(state, batch, losses, metrics, seconds).

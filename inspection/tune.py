@@ -168,7 +168,7 @@ def default_path(device: str) -> Path:
 
 
 def as_json(device: str, capability: int, choices: Sequence[Choice]) -> str:
-    """Return the table: the best record of each kernel, its seconds and those of the shipped record."""
+    """Return the table: the best record of each kernel, its seconds and the seconds of the shipped record."""
     records = {
         choice.kernel: {
             **asdict(choice.best),
@@ -186,8 +186,8 @@ def load_tuned(path: str | os.PathLike[str] | None = None) -> dict[str, Any]:
     """Use the launch records that `python -m tokfuse tune` stored for the Triton kernels of this device.
 
     The records apply to this process, from the next launch on. Every record passes the same check as a
-    shipped one. A record determines which thread adds which elements. So this call may change the last bits
-    of results once. Results stay independent of the batch and equal in every run.
+    shipped record. A record determines which thread adds which elements, so this call may change the last
+    bits of results. Results stay independent of the batch and equal in every run.
 
     Args:
         path: a stored table. None: the table of the current CUDA device in the user's cache.
@@ -293,7 +293,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _dry_run(kernels, options.capability or 90)
         return 0
     if options.capability is not None:
-        command.error("--capability must be left out without --dry-run, which uses that of the device")
+        command.error("--capability must be left out without --dry-run: the capability of the device is used")
     if not torch.cuda.is_available():
         command.error("there is no CUDA device; use --dry-run to list the candidates")
     return tune(kernels, *_device(), options.output, cuda_timer)

@@ -1,4 +1,4 @@
-"""Heads that FSDP shards as a unit of their own.
+"""Heads that FSDP shards as a separate unit.
 
 The parameters of a unit are whole only inside its forward, and only gradients that come from there are reduced over the
 ranks. `call_inside` therefore runs a function in place of that forward.

@@ -75,7 +75,7 @@ def prime_rl_default_loss(
 
     The loss of a token is -keep adv_tau A r + kl_tau log(r)^2, with r = p / p_inference. `keep` is 0 if p left its
     region in the direction of the advantage: p - p_inference > dppo_mask_high for A > 0, < -dppo_mask_low else.
-    Options and metrics are those of prime-rl. log(r) is bounded by +-80 in the first term, where prime-rl overflows.
+    Options and metrics are prime-rl's. log(r) is bounded by +-80 in the first term, where prime-rl overflows.
     A token outside the mask has no effect, even if it is not finite.
     """
     change, positive = _change(inputs), inputs.advantages > 0
@@ -98,7 +98,7 @@ def prime_rl_default_loss(
 def prime_rl_ipo_loss(inputs: Any, ipo_threshold: float = 0.1, adv_tau: float = 1.0, kl_tau: float = 1e-3) -> Any:
     """Return the LossOutputs of prime-rl's IPO loss: the default loss with a trust region of both signs.
 
-    `keep` is 0 where |p - p_inference| > ipo_threshold. Options and metrics are those of prime-rl.
+    `keep` is 0 where |p - p_inference| > ipo_threshold. Options and metrics are prime-rl's.
     """
     masked = _change(inputs).abs() > ipo_threshold
     loss = _trust_region_loss(inputs, adv_tau * inputs.advantages, masked, kl_tau)

@@ -74,9 +74,9 @@ def divergence_loss(
         student_lm_head_bias: (V,) or None.
         teacher_lm_head_bias: (V,) or None.
         student_logit_scale: factor of the student's logits before the cap.
-        teacher_logit_scale: the same of the teacher.
+        teacher_logit_scale: factor of the teacher's logits before the cap.
         student_final_logit_softcapping: cap of the student's logits, or None.
-        teacher_final_logit_softcapping: the same of the teacher.
+        teacher_final_logit_softcapping: cap of the teacher's logits, or None.
         temperature: divides the logits of both sides.
     """
     weights = (student_lm_head_weight, teacher_lm_head_weight)
@@ -113,7 +113,7 @@ def _supported(op: str, x: torch.Tensor) -> bool:
 
 
 def _operands(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> dict[str, torch.Tensor | None]:
-    """Return a head as the arguments hidden, weight and bias, in the autocast dtype or that of its hidden states."""
+    """Return a head as the arguments hidden, weight and bias, in the autocast dtype or the dtype of its hidden states."""
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     head: dict[str, Any] = {"hidden": hidden.reshape(-1, hidden.shape[-1]), "weight": weight, "bias": bias}

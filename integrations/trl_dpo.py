@@ -72,7 +72,7 @@ class FusedDPOTrainer(DPOTrainer):
         model, ref_model, args, data_collator, train_dataset, rest, kwargs: the arguments of `trl.DPOTrainer`.
 
     Raises:
-        ValueError: a TRL older than the tested versions, or an option that cannot be honoured.
+        ValueError: a TRL older than the tested versions, or an unsupported option.
     """
 
     def __init__(
@@ -256,7 +256,7 @@ class FusedDPOTrainer(DPOTrainer):
             return super()._compute_loss(forward, inputs, return_outputs)
 
     def _log_rewards(self, chosen: torch.Tensor, rejected: torch.Tensor) -> None:
-        """Replace TRL's rewards, which are those of DPO, by the method's."""
+        """Replace TRL's rewards, which are defined by DPO, by the method's rewards."""
         logged = {"chosen": chosen, "rejected": rejected, "margins": chosen - rejected}
         logged["accuracies"] = (chosen > rejected).float()
         mode = "train" if self.model.training else "eval"

@@ -50,7 +50,7 @@ DIVERGENCES = {
 
 
 def loss_of(args: Any) -> PreferenceLoss:
-    """Return the loss that a DPOConfig describes: one of ours, or their weighted sum."""
+    """Return the loss that a DPOConfig describes: a loss of tokfuse, or a weighted sum of several."""
     terms = tuple(_term(name, args) for name in args.loss_type)
     if len(terms) == 1 and args.loss_weights is None:
         return terms[0]
@@ -91,7 +91,7 @@ def _divergence(args: Any) -> dict[str, Any]:
 
 
 def _check_crossed(loss_type: str, args: Any) -> None:
-    """Raise an error for two options of TRL whose combination has no meaning of its own."""
+    """Raise an error for two options of TRL whose combination has no meaning."""
     mean = loss_type in ("ipo", "sigmoid_norm")
     if mean and args.f_divergence_type != "reverse_kl":
         raise refuse(
@@ -166,7 +166,7 @@ class Method:
         self._seen: list[PreferenceStep] = []
 
     def check(self, args: Any, ref_model: Any, train_dataset: Any) -> None:
-        """Raise an error for an option of TRL that the method replaces, or that it cannot honour."""
+        """Raise an error for an option of TRL that the method replaces or does not support."""
         for field in dataclasses.fields(args):
             if field.name not in REPLACED:
                 continue

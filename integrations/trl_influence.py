@@ -20,8 +20,8 @@ OP = "integrations.trl.CompletionInfluence"
 class CompletionInfluence:
     """Options of the influence of completions. The score is the cosine with the mean validation gradient.
 
-    A completion with a score above 0 lowers the validation loss, to first order. The gradients are those of
-    all layers but the lm_head, see `tokfuse.influence.capture`. The training itself does not change.
+    A completion with a score above 0 lowers the validation loss, to first order. The gradients include all layers
+    except the lm_head, see `tokfuse.influence.capture`. The training itself does not change.
 
     The metrics are influence/mean, influence/std and influence/helpful, the share of scores above 0. Each rank needs
     the same number of completions and the same validation data.
@@ -31,7 +31,7 @@ class CompletionInfluence:
             sequences. Its gradient is not added to the gradients of the parameters.
         refresh: number of optimizer steps after which the validation gradient is computed again, >= 1.
         rank: of the features, >= 1.
-        modules: layers, see `capture`. None: all but the lm_head.
+        modules: layers, see `capture`. None: all except the lm_head.
         seed: seed of the projections.
         on_scores: called after the backward of every micro-batch with the scores, (completions,), and TRL's inputs of
             the micro-batch. Use it to select prompts or completions of later steps. None: only metrics.

@@ -210,8 +210,8 @@ def optimal_token_baseline(
 ) -> Pair:
     """Return the returns minus a baseline per position, weighted by the running sum of 1 - 2 p + sum of p^2.
 
-    rollout_is_weights, (batch, length), multiply that sum's steps by their squares. handle_zero_tail: no baseline where
-    only one response of a group is left.
+    The squares of rollout_is_weights, (batch, length), multiply the steps of this sum. handle_zero_tail: no baseline at
+    positions that only one response of a group reaches.
     """
     energy = _energy("optimal_token_baseline", old_log_probs, sum_pi_squared, rollout_is_weights)
     returns = _to_go(token_level_rewards, response_mask)

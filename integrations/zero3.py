@@ -2,7 +2,7 @@
 
 A parameter has its data only while it is gathered. `gathered` returns the data of a head as tensors that stay valid
 until the backward, so the head is gathered once per step. The gradient goes to the parameter, and DeepSpeed reduces it
-over the ranks as that of any other layer. The gathered head stays in memory from the forward to the backward.
+over the ranks as for any other layer. The gathered head stays in memory from the forward to the backward.
 
 Call it inside the forward of the model that DeepSpeed wraps: DeepSpeed reduces the gradients of such a forward.
 """

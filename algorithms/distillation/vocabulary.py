@@ -30,7 +30,7 @@ class GKD(Distillation):
     p is the student, q the teacher. beta = 0 is KL(q || p), the forward KL, and beta = 1 is KL(p || q), the reverse KL:
     the limits of JSD(beta) / beta and JSD(beta) / (1 - beta), as in the paper's and TRL's convention.
 
-    Each step takes the student's responses with probability lam, and those of the data set otherwise; see `source`.
+    Each step takes the student's responses with probability lam, and otherwise the data set's responses; see `source`.
 
     Args:
         beta: weight of the teacher in the mixture m, in [0, 1].
@@ -122,7 +122,7 @@ class DistiLLM(Distillation):
         form "reverse":  KL(p || alpha p + (1 - alpha) q)
         form "forward":  KL(q || alpha q + (1 - alpha) p)
 
-    The divergence is at most -log(alpha), and its gradient is bounded, unlike that of a KL.
+    The divergence is at most -log(alpha), and its gradient is bounded, unlike the gradient of a KL.
     `make("distillm_schedule", ...)` chooses the responses of each step.
 
     Args:

@@ -1,4 +1,4 @@
-"""How the caller chooses a divergence: its kind, and the one number that some kinds have."""
+"""The caller's choice of a divergence: its kind, and the one number that some kinds have."""
 
 import math
 from typing import Any

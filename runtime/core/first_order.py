@@ -1,4 +1,4 @@
-"""Backward passes that have no derivative of their own.
+"""Backward passes that have no derivative.
 
 A kernel computes the gradient of an op, but not the gradient of that gradient. torch would treat the result of such
 a backward as a constant: a gradient penalty would lose a term without an error.

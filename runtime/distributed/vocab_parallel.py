@@ -167,8 +167,8 @@ def linear_token_stats(
     Gradients and communication: the forward is one all-gather of 20 bytes per token and rank. The
         backward is one all-reduce of the gradient of hidden, (tokens, hidden), if hidden requires
         grad. With sequence_parallel the forward also all-gathers the hidden states, and the backward
-        is a reduce-scatter. weight and bias need no communication. With ids or top_k the exchanges are
-        those of `token_stats`, for each chunk of rows, and the budget is for an even split.
+        is a reduce-scatter. weight and bias need no communication. With ids or top_k, each chunk of rows
+        has the exchanges of `token_stats`. The budget assumes a vocabulary that is split evenly.
 
     Raises:
         ValueError: the errors of `tokfuse.linear_token_stats`; fewer rows than shard.size; with
@@ -282,7 +282,7 @@ def policy_step(
 
     Returns:
         PolicyStep. Loss, metrics and statistics belong to the whole vocabulary and are bitwise equal on
-        all ranks. The gradients are those of this rank's logits, or of its weight and bias and of hidden
+        all ranks. The gradients belong to this rank's logits, or to its weight and bias and to hidden
         (all-reduced).
 
     Numerics, gradients, communication: same as `token_stats` and `linear_token_stats` of this module. All

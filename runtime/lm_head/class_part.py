@@ -15,17 +15,17 @@ from tokfuse.runtime.lm_head.pair_problem import Coefficients, Stats
 class CrossEntropy:
     """The cross entropy with the targets that `distill_step` adds to its loss.
 
-    The loss of a token is that of `tokfuse.cross_entropy`, with the options of `linear_cross_entropy`. With y the
-    target, V the vocabulary, w the class weights and p the student's distribution at its temperature:
+    The loss of a token is the loss of `tokfuse.cross_entropy`, with the options of `linear_cross_entropy`. With y the
+    target, V the vocabulary, w the class weights and p the student's distribution at its temperature, it is
 
         (1 - label_smoothing) w_y (-log p_y) + label_smoothing / V sum_j w_j (-log p_j) + z_loss lse^2.
 
     The step adds the sum of coef * this loss, divided by the normalizer of the step. A number or None works as
-    for the divergence. "batch" divides by the sum of w_y over the tokens that count, as reduction="mean" of torch does,
-    whatever their coef. With this normalizer and a number as coef, the term is coef times
-    `linear_cross_entropy(..., reduction="mean")`. With None and a number, it is coef times reduction="sum". Without a
-    token that counts it is 0, where torch's mean is nan. With label_smoothing, a logit of -inf makes the loss infinite,
-    as in torch.
+    for the divergence. "batch" divides by the sum of w_y over the tokens that count, for any coef, as reduction="mean"
+    of torch does. With this normalizer and a number as coef, the term is coef times
+    `linear_cross_entropy(..., reduction="mean")`. With None and a number, it is coef times reduction="sum". If no token
+    counts, the term is 0; torch's mean is nan. With label_smoothing, a logit of -inf makes the loss infinite, as in
+    torch.
 
     Attributes:
         coef: weight of the cross entropy, a number or (tokens,). A token with weight 0 costs nothing in this term.
@@ -33,7 +33,7 @@ class CrossEntropy:
             class.
         label_smoothing: share of the uniform distribution in the target distribution, in [0, 1].
         z_loss: coefficient of the squared log-sum-exp, >= 0.
-        ignore_index: tokens with this target do not count, in no term of the step, as if `mask` were False.
+        ignore_index: tokens with this target do not count in any term of the step, as if `mask` were False.
     """
 
     coef: float | torch.Tensor = 1.0
@@ -54,7 +54,7 @@ class CrossEntropyLoss:
     loss_sum: torch.Tensor
     """() float32, sum of coef * token_loss before the normaliser."""
     count: torch.Tensor
-    """() float64, this batch's own denominator: the sum of w_y over the tokens that count."""
+    """() float64, the denominator of this batch: the sum of w_y over the tokens that count."""
 
 
 class ClassPart(NamedTuple):
@@ -66,7 +66,7 @@ class ClassPart(NamedTuple):
     vocab: int
 
     def coefficients(self, divergence: torch.Tensor, target: torch.Tensor) -> Coefficients:
-        """Return the coefficients of the rows; `divergence` are those of the divergence.
+        """Return the coefficients of the rows; `divergence` contains the coefficients of the divergence.
 
         The loss of a row is linear in logp, lse, lse^2 and the weighted sum of the logits. So its coefficients are
         known before the statistics, and no further pass over the logits is needed.

@@ -38,7 +38,7 @@ class DistillMetrics(NamedMeans):
         return DistillMetrics(self.sums + other.sums, self.has_target and other.has_target)
 
     def mean(self) -> dict[str, float]:
-        """Every metric as a number; reads the device once. Without a token the means are 0."""
+        """Return every metric as a number. Reads the device once. Without a token the means are 0."""
         sums = dict(zip(SLOTS, self.sums.tolist(), strict=True))
         count = max(sums["tokens"], 1.0)
         out = {name: sums[name] / count for name in SLOTS[2:] if self.has_target or name != "logp_gap"}
@@ -47,7 +47,7 @@ class DistillMetrics(NamedMeans):
 
 @dataclass(frozen=True)
 class DistillStep(HeldGradients):
-    """What `distill_step` returns."""
+    """Result of `distill_step`."""
 
     loss: torch.Tensor
     """() float32, loss_sum / normalizer, with the policy term and the cross entropy; `loss.backward()` returns the
@@ -57,11 +57,11 @@ class DistillStep(HeldGradients):
     loss_sum: torch.Tensor
     """() float32, sum of coef * divergence before the normaliser; detached."""
     count: torch.Tensor
-    """() float64, this batch's own denominator: tokens that the mask keeps."""
+    """() float64, the denominator of this batch: the number of tokens that the mask keeps."""
     metrics: DistillMetrics
     stats: PairedStats
-    """Statistics of the tokens with a weight, 0 elsewhere; detached. With a cross entropy, logp and entropy are also
-    those of the tokens that have one; with a policy term, those of all tokens that the mask keeps."""
+    """Statistics of the tokens with a weight, 0 elsewhere; detached. logp and entropy also have the tokens of the cross
+    entropy, if there is one, and all tokens that the mask keeps, if there is a policy term."""
     _gradients: Gradients
     policy: PolicyLoss | None = None
     """Loss, token losses, count and metrics of the policy term, detached; None without an objective."""
@@ -79,7 +79,7 @@ class TokenWeights(NamedTuple):
     inverse: float | torch.Tensor
     """1 / normaliser."""
     tokens: torch.Tensor
-    """() float64: the batch's own denominator, for the divergence how many tokens the mask keeps."""
+    """() float64: the denominator of the batch; for the divergence, the number of tokens that the mask keeps."""
 
 
 def token_weights(

@@ -143,7 +143,7 @@ def cross_entropy(
 
     "sum" adds the losses of all tokens that count. "mean" divides this sum by the sum of their w_y.
 
-    The shapes below are those of packed tokens. Leading dimensions work too: with logits of shape (..., vocab), every
+    The shapes below are for packed tokens. Leading dimensions work too: with logits of shape (..., vocab), every
     (tokens,) argument has shape (...). torch.nn.functional.cross_entropy expects the classes in dimension 1 instead.
 
     Args:
@@ -166,7 +166,7 @@ def cross_entropy(
         of no row is nan, as in torch. With return_stats: CrossEntropyStats(loss, stats), where stats is the
         TokenStats of `token_stats`. The loss is bitwise the same.
 
-    Numerics: the bounds of `token_stats`, in float32 for every input dtype, where torch rounds the loss of 16-bit
+    Numerics: the bounds of `token_stats`. The loss is float32 for every input dtype; torch rounds the loss of 16-bit
         logits to 16 bits. -inf logits are excluded classes. With label_smoothing they make the loss infinite, as in
         torch. For padded vocabularies, pass `logits[..., :vocab]`, which is not copied.
 
@@ -308,7 +308,7 @@ class _SumsFunction(torch.autograd.Function):
 
 
 def save_sums(ctx: Any, tensors: tuple[Any, ...], outputs: tuple[torch.Tensor, ...], o: LogitOptions) -> None:
-    """Save what the backward needs: the tensors, those of the options, and (row_max, inv_sum, logp, entropy)."""
+    """Save what the backward needs: the tensors, the options' tensors, and (row_max, inv_sum, logp, entropy)."""
     ctx.options, (vector, mask, _) = o.split()
     logp, entropy, _, _, _, _, row_max, inv_sum = outputs
     ctx.save_for_backward(*tensors, vector, mask, row_max, inv_sum, logp, entropy)

@@ -295,7 +295,7 @@ def project(x: torch.Tensor, projection: torch.Tensor) -> torch.Tensor:
 
 
 def projection_dtype(x: torch.Tensor) -> torch.dtype:
-    """Return the dtype in which `project` takes the projection: that of x, but float32 for 16 bits on a CPU."""
+    """Return the dtype in which `project` takes the projection: the dtype of x, but float32 for 16 bits on a CPU."""
     return x.dtype if x.device.type == "cuda" else result_dtype(x.dtype)
 
 

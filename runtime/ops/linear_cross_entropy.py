@@ -91,10 +91,10 @@ def linear_cross_entropy(
 ) -> torch.Tensor | CrossEntropyStats:
     """Return `cross_entropy(hidden @ weight.T + bias, target, ...)` without storing the logits of all tokens.
 
-    The values, gradients and defaults are those of torch.nn.functional.linear_cross_entropy(hidden, weight, target),
-    with its arguments linear_bias, weight and options named bias, class_weight and memory_budget.
+    Values, gradients and defaults equal torch.nn.functional.linear_cross_entropy(hidden, weight, target). Three of its
+    arguments have other names here: linear_bias is bias, weight is class_weight, and options is memory_budget.
 
-    The shapes below are those of packed tokens. Leading dimensions work too: with hidden of shape (..., hidden),
+    The shapes below are for packed tokens. Leading dimensions work too: with hidden of shape (..., hidden),
     every (tokens,) argument has shape (...).
 
     Args:
@@ -185,8 +185,8 @@ def linear_cross_entropy(
 def _in_one_pass(run: HeadKernels, p: HeadProblem, spec: LossOptions, mask: torch.Tensor) -> torch.Tensor:
     """Return the reduced loss, and compute its gradients from the same logits.
 
-    The backward can only scale these gradients, because the loss is one number. With "none" or the statistics it
-    decides about the gradient of each row, so it has to compute the logits again: one GEMM more than here.
+    The backward only scales these gradients, because the loss is one number. With "none" or the statistics, each row has
+    a separate incoming gradient, so the backward has to compute the logits again: one GEMM more than here.
     """
     dtype = torch.float32
     if spec.smooth:

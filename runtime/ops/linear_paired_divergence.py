@@ -61,15 +61,15 @@ def linear_paired_divergence(
     side has its own hidden size, bias, temperature, softcap and scale.
 
     The direction of a KL is its `kind`: "kl_forward" is KL(Q || P), TRL's and GKD's beta = 0;
-    "kl_reverse" is KL(P || Q), their beta = 1. Between them is "jsd", whose beta means the same
-    there and here: the weight of the teacher in the mixture. TRL and GKD treat the two ends as special
+    "kl_reverse" is KL(P || Q), their beta = 1. Between them is "jsd", whose beta is the weight of the
+    teacher in the mixture, as in TRL and GKD. TRL and GKD treat beta = 0 and beta = 1 as special
     cases, because the Jensen-Shannon divergence itself goes to 0 there.
 
     Args:
         hidden: (tokens, hidden) float32, bfloat16, float16 or float64: final hidden states of the
             student.
-        weight: (vocab, hidden): the student's lm_head. If its dtype differs from that of hidden, the wider
-            one computes, and each tensor has its gradient in its own dtype (see `linear_token_stats`).
+        weight: (vocab, hidden): the student's lm_head. If hidden has another dtype, the logits are computed
+            in the wider dtype, and each gradient has the dtype of its tensor (see `linear_token_stats`).
         teacher_hidden: (tokens, teacher_hidden). Hidden states of the same tokens; may have another
             dtype than the student. Must not require grad.
         teacher_weight: (vocab, teacher_hidden). The teacher's lm_head. Must not require grad.
@@ -104,7 +104,7 @@ def linear_paired_divergence(
 
     Gradients and memory: hidden, weight and bias, through divergence, entropy and logp. Saved: the
         inputs. The backward recomputes both sides' logits for the rows whose incoming gradient is not
-        zero; `distill_step` forms the gradients in the forward and recomputes nothing. Peak extra
+        zero; `distill_step` computes the gradients in the forward and recomputes nothing. Peak extra
         memory: memory_budget, the gradients, and a float32 dW if weight is 16-bit.
 
     Examples:

@@ -101,7 +101,7 @@ def linear_token_stats(
 ) -> TokenStats | TokenStatsAt:
     """Return `token_stats(hidden @ weight.T + bias, target, ...)` without storing the logits of all tokens.
 
-    The shapes below are those of packed tokens. Leading dimensions work too: with hidden of shape
+    The shapes below are for packed tokens. Leading dimensions work too: with hidden of shape
     (..., hidden), every (tokens,) argument has shape (...), and so have the results.
 
     Args:

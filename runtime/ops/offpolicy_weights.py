@@ -110,9 +110,9 @@ def offpolicy_weights(
             weights more equal.
         normalize: divisor of the weights: "none"; "batch", the mean weight over the units of this call;
             or "group", the mean over the units of the prompt group (needs group_ids). A unit is a kept
-            row, or, at the levels "sequence" and "geometric", a sequence with a kept row. None: "none",
-            but for "snips" "group" if group_ids is given, else "batch". For a batch that is split over
-            devices, use "none", all-reduce the mean and divide by it.
+            row, or, at the levels "sequence" and "geometric", a sequence with a kept row. None: "none";
+            with mode "snips" it is "group" if group_ids is given, and "batch" otherwise. For a batch
+            that is split over devices, use "none", all-reduce the mean and divide by it.
         rules: up to 8 `KeepRule`. A kept row passes all of them. Rules over "sum", "mean" or "max" need
             cu_seqlens.
         cu_seqlens: (seqs + 1,), int32 packing offsets. Needed by the levels "sequence" and "geometric",
@@ -130,8 +130,8 @@ def offpolicy_weights(
             Rows that "switch" sets to 0 stay kept, because there the direct model covers them.
 
     Numerics:
-        Sums over sequences are float64. The native exp has a relative error <= 1e-6, so a row exactly at
-        a bound can be kept or dropped unlike in the float64 reference. A NaN row is kept, so that it
+        Sums over sequences are float64. The native exp has a relative error <= 1e-6, so for a row exactly
+        at a bound the decision may differ from the float64 reference. A NaN row is kept, so that it
         stays visible. It makes its sequence NaN at the sequence levels, and the batch or group NaN with
         normalize. Results are bitwise repeatable for any number of threads. Zero rows give ess 0.
 

@@ -38,8 +38,8 @@ def paired_divergence(
     """Return the divergence of P = softmax(logits_p) from Q = softmax(logits_q), token by token.
 
     P is the distribution that learns (the student), Q is its target (the teacher). With s_j as given,
-    the gradient with respect to logits_p is `p_j (s_j - sum_i p_i s_i) / temperature`, and that of
-    kl_forward is `(p_j - q_j) / temperature`.
+    the gradient with respect to logits_p is `p_j (s_j - sum_i p_i s_i) / temperature`. For kl_forward
+    it is `(p_j - q_j) / temperature`.
 
     kl_forward: KL(Q || P) = sum q log(q / p). P learns to cover Q.
     kl_reverse: KL(P || Q) = sum p log(p / q). P learns the modes of Q. s = log(p / q).
@@ -68,11 +68,10 @@ def paired_divergence(
         (tokens,) float32 (float64 for float64 logits), nats (a probability for "tvd"), >= 0. Sum it
         and divide by a count of your choice.
 
-    Numerics: float32 accumulation whatever the input dtype. |error| <= 2e-6 + 2e-6 of the value
+    Numerics: float32 accumulation for every input dtype. |error| <= 2e-6 + 2e-6 of the value
         against float64. Exactly 0 if the rows of P and Q are equal. Never above its largest value:
         the entropy of (beta, 1 - beta) for "jsd", -log(alpha) for the skew kinds, 1 for "tvd". The
-        gradient of "tvd" jumps at p_j = q_j. If they agree to float32 rounding, s_j is that of either
-        side, or 0.
+        gradient of "tvd" jumps at p_j = q_j. If they agree to float32 rounding, s_j is 1/2, -1/2 or 0.
         Excluded entries (-inf): one that is excluded in both P and Q contributes exactly 0. One that
         P alone excludes makes kl_forward +inf, and one that Q alone excludes makes kl_reverse +inf;
         the gradient of such a row is zero. All other kinds stay finite. A row of only -inf in either

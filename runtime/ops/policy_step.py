@@ -85,7 +85,7 @@ def policy_step(
     (`target` to `cu_seqlens`), the objective with its optional inputs (`objective` to
     `sampler_logp`), and the options of the distribution (`temperature` to `logit_scale`).
 
-    The shapes below are those of packed tokens. Leading dimensions work too: with logits of shape
+    The shapes below are for packed tokens. Leading dimensions work too: with logits of shape
     (..., vocab) or hidden of shape (..., hidden), every (tokens,) argument has shape (...), and so have
     `token_loss` and `stats`. With (batch, length) and without cu_seqlens, each row of the batch is a
     sequence. A contiguous tensor is not copied.
@@ -93,8 +93,8 @@ def policy_step(
     Args:
         logits: (tokens, vocab) float32, bfloat16, float16 or float64. None: pass hidden and weight.
         hidden: (tokens, hidden), the hidden states, instead of logits.
-        weight: (vocab, hidden), the weight of the lm_head. If its dtype differs from that of hidden, the wider
-            one computes, and each has its gradient in its own dtype (see `linear_token_stats`).
+        weight: (vocab, hidden), the weight of the lm_head. If hidden has another dtype, the logits are computed
+            in the wider dtype, and each gradient has the dtype of its tensor (see `linear_token_stats`).
         bias: (vocab,), the bias of the lm_head. None: no bias.
         target: (tokens,) int64, in [0, vocab) where mask is True.
         old_logp: (tokens,), nats. Log-probability at the start of the update. None: the update is on
@@ -130,10 +130,9 @@ def policy_step(
         memory_budget: workspace in bytes for the logits, which are computed in chunks of rows. Only
             with hidden. None: 64 MiB, or a sixth of the weight's float32 size if that is more; on a GPU
             at least the workspace of 1024 rows, up to 1 GiB. A chunk has at least one row.
-        compact_clipped: True excludes rows that the clip stopped from the gradient GEMMs on a GPU.
-            Triton kernels then find the rows in device memory, without a synchronisation. Use it if a
-            large part of the batch is clipped: per row, cuBLAS is faster. On the CPU the GEMMs always
-            exclude such rows.
+        compact_clipped: True excludes clipped rows from the gradient GEMMs on a GPU. Triton kernels
+            then find the rows in device memory, without a synchronisation. Use it if a large part of the
+            batch is clipped; otherwise cuBLAS is faster. On the CPU the GEMMs always exclude clipped rows.
         influence: also return gradient norms and sketches of the loss in `step.influence`. Only with
             hidden and cu_seqlens. It computes grad_hidden even if hidden requires no gradient.
         ignore_index: tokens with this target are left out, as with mask = False: -100 for labels of
@@ -155,7 +154,7 @@ def policy_step(
         (tokens, vocab), sequence-level ones one more read. With hidden, the extra memory is the
         workspace `memory_budget` and the gradients. On the CPU, rows with a zero final coefficient do
         not enter the gradient GEMMs. On a GPU, rows without advantage, KL and entropy bonus do not enter
-        them; rows that the clip stopped enter with zeros, unless `compact_clipped` is True. The host
+        them; clipped rows enter as zeros, unless `compact_clipped` is True. The host
         synchronises once, to read the number of rows of each kind. Under CUDA-graph capture it does not
         synchronise, and every row enters every GEMM, except rows that `compact_clipped` excludes. The
         gradients are stored until `loss.backward()` returns them. With kept ids, logits outside them become -inf:

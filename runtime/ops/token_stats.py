@@ -157,7 +157,7 @@ def token_stats(
     u = logit_scale * logits without a softcap. If bias_logits is given, `bias_scale * bias_logits` is
     subtracted from u.
 
-    The shapes below are those of packed tokens. Leading dimensions work too: with logits of shape
+    The shapes below are for packed tokens. Leading dimensions work too: with logits of shape
     (..., vocab), e.g. (batch, length, vocab), every (tokens,) argument has shape (...), and so have the
     results. A contiguous tensor is not copied.
 

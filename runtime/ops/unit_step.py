@@ -36,7 +36,7 @@ class UnitStep(NamedTuple):
 
 
 def unit_step(p: HeadProblem, units: Units, loss: Loss, *, own_budget: bool) -> UnitStep:
-    """Return the loss of all units and its gradients for those of hidden, weight and bias that require grad.
+    """Return the loss of all units, and its gradients for hidden, weight and bias if they require grad.
 
     Args:
         p: the head and its inputs.

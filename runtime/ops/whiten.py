@@ -41,7 +41,7 @@ def whiten(
         mask: (tokens,), bool. True = counts. None: all tokens count.
         shift_mean: False adds the mean back after the division, so that only the spread changes.
         eps: added to the variance, >= 0.
-        mean, var: statistics to use instead of those of this call; numbers or 0-dim tensors. Pass both
+        mean, var: statistics to use instead of the statistics of x; numbers or 0-dim tensors. Pass both
             or neither. For a batch that is split over devices, all-reduce the moments and pass them here.
 
     Returns:

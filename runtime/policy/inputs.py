@@ -115,7 +115,7 @@ def check_sampler(op: str, sampler_logp: torch.Tensor | None, tokens: int, devic
 
 
 def inverse_normalizer(op: str, normalizer: Normalizer, objective: Objective) -> float:
-    """Return `inverse_of`; a sum over tokens has no count of its own."""
+    """Return `inverse_of`. Raise an error for "batch" with a sum over tokens, which has no count."""
     if isinstance(normalizer, str) and normalizer == "batch" and objective.aggregation == "token_sum":
         raise refuse(
             op,
@@ -199,7 +199,7 @@ class DeviceInputs(NamedTuple):
     """The inputs named in `VECTORS`, (tokens,) float32. At a sequence level the advantage may be per sequence."""
     mask: torch.Tensor | None
     agg_weight: torch.Tensor | None
-    """(tokens,) aggregation weight before the normaliser. None stands for 1."""
+    """(tokens,) aggregation weight before the normaliser. None means 1."""
     inv_normalizer: float | torch.Tensor
     """1 / normaliser; a () float32 tensor if the normaliser is the count of this batch."""
     counts: torch.Tensor | None
