@@ -60,8 +60,8 @@ def train_step(
 
     The call prepares the batch and takes the steps on the previous rollout, if the method has any (PIPO). Then it takes
     one optimizer step per plan of every minibatch, and updates the state. If the method needs statistics of the current
-    policy (`needs_policy`), they are computed first. Gradients are added over micro-batches, and counts and measured sums
-    over the ranks of `batch.world`.
+    policy (`needs_policy`), they are computed first. Gradients are added over micro-batches. Counts and measured sums
+    are added over the ranks of `batch.world`.
 
     Args:
         algorithm: a method from `make`, or your own subclass.

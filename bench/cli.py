@@ -288,18 +288,18 @@ def _listing() -> str:
     lines = ["ops:"]
     for op, module in CASES.items():
         summary = (module.__doc__ or "").splitlines()[0]
-        lines.append(f"  {op:<26}{summary}")
-        lines.append(f"  {'':<26}shapes {', '.join(module.SHAPES)}; {', '.join(module.DTYPES)}")
-    lines += ["  growth                    time over tokens, vocabulary, hidden size, threads, rows with gradient"]
-    lines += ["  errors                    errors of every output and gradient relative to float64"]
-    lines += ["  targets                   compare the rows of --json files with the performance targets"]
-    lines += ["  numbers                   tables and pictures of the documentation from the rows of --json files"]
-    lines += ["  compare                   shares of the limit in two files, the older file first"]
-    lines += ["  predict                   predicted times of the Triton kernels on GPUs; nothing runs"]
+        lines.append(f"  {op:<28}{summary}")
+        lines.append(f"  {'':<28}shapes {', '.join(module.SHAPES)}; {', '.join(module.DTYPES)}")
+    lines += ["  growth                      time over tokens, vocabulary, hidden size, threads, rows with gradient"]
+    lines += ["  errors                      errors of every output and gradient relative to float64"]
+    lines += ["  targets                     compare the rows of --json files with the performance targets"]
+    lines += ["  numbers                     tables and pictures of the documentation from the rows of --json files"]
+    lines += ["  compare                     shares of the limit in two files, the older file first"]
+    lines += ["  predict                     predicted times of the Triton kernels on GPUs; nothing runs"]
     lines += ["models (--shapes 256xNAME):"]
-    lines += [f"  {name:<26}hidden {h}, vocabulary {v}" for name, (h, v) in MODELS.items()]
+    lines += [f"  {name:<28}hidden {h}, vocabulary {v}" for name, (h, v) in MODELS.items()]
     lines += ["peers:"]
-    lines += [f"  {peer.name:<26}{peer.summary}" for peer in peers.KNOWN.values()]
+    lines += [f"  {peer.name:<28}{peer.summary}" for peer in peers.KNOWN.values()]
     return "\n".join(lines)
 
 

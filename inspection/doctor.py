@@ -29,7 +29,7 @@ ENVIRONMENT = {
     "TOKFUSE_BACKEND": "force one backend for every op: cuda, triton, cpu or reference",
     "TOKFUSE_CUDA_HOST": "path of a build of the CUDA kernels that runs on the CPU, for tests",
     "TOKFUSE_ISA": "x86-64 level of the CPU kernels: v2, v3 or v4; default: the best that the CPU supports",
-    "TOKFUSE_KEEP_MIB": "MiB of freed CPU memory cached for later calls, 0: none; default: 1/8 of the memory, at most 4096",
+    "TOKFUSE_KEEP_MIB": "MiB of freed CPU memory kept for later calls; 0: none; default: 1/8 of the memory, up to 4096",
     "TOKFUSE_CHECK": "1 also checks values on a GPU, which synchronises the device",
     "TOKFUSE_NVTX": "1 pushes NVTX ranges around every op, 0 disables them; default: only under nsys",
     "OMP_NUM_THREADS": "CPU threads, shared with torch (torch.set_num_threads overrides it)",

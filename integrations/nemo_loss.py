@@ -211,8 +211,8 @@ class NemoPolicyLoss:
         """Return the mean KL estimate to the reference policy, differentiable in the log-probabilities.
 
         The samples come from the policy that is optimised. Each estimate is therefore multiplied by the ratio of this
-        policy to itself (or to the generation policy). The ratio to itself is 1, but has a gradient (arXiv 2506.09477). A clamp stops the
-        gradient. The log-probabilities are those without top-k and top-p filters, if the data has them.
+        policy to itself (or to the generation policy). The ratio to itself is 1, but has a gradient (arXiv 2506.09477).
+        A clamp stops the gradient. If the data has log-probabilities without top-k and top-p filters, they are used.
         """
         unfiltered = data.get("curr_logprobs_unfiltered")
         unfiltered = logp if unfiltered is None else unfiltered
@@ -251,7 +251,7 @@ class NemoPolicyLoss:
         of_old: torch.Tensor,
         tokens: torch.Tensor,
     ) -> dict[str, float]:
-        """Return NeMo-RL's metrics. `valid` are the tokens of the loss, `of_old` the tokens of a comparison with `old`."""
+        """Return NeMo-RL's metrics. `valid`: tokens of the loss; `of_old`: tokens of a comparison with `old`."""
         ratio = (current - old).exp()
         clamped = ratio.clamp(1.0 - self.clip["low"], 1.0 + self.clip["high"])
         if self._by_sequence:

@@ -113,7 +113,7 @@ def _supported(op: str, x: torch.Tensor) -> bool:
 
 
 def _operands(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> dict[str, torch.Tensor | None]:
-    """Return a head as the arguments hidden, weight and bias, in the autocast dtype or the dtype of its hidden states."""
+    """Return a head as hidden, weight and bias, in the autocast dtype or the dtype of its hidden states."""
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     head: dict[str, Any] = {"hidden": hidden.reshape(-1, hidden.shape[-1]), "weight": weight, "bias": bias}

@@ -1,10 +1,11 @@
 """verl's distillation losses on tokfuse: top-k forward KL from `tokfuse.token_stats`, and one-sample estimators.
 
-verl computes a top-k loss in two parts. The engine calls `compute_topk_loss` with the student's logits of every token, for
-every name of a loss. The registered function then selects the responses and reports metrics. `topk_loss` therefore
-replaces `compute_topk_loss`. It runs tokfuse for names with the prefix, and verl's code for all other names. With the fused heads of `verl_heads` there are no logits: the engine's inputs carry the teacher's ids to
-the head, and its log-probabilities carry those at the ids back. Values, gradients and metrics equal verl 0.9's FSDP
-losses; docs/verl.md names every difference.
+verl computes a top-k loss in two parts. The engine calls `compute_topk_loss` with the student's logits of every token,
+for every name of a loss. The registered function then selects the responses and reports metrics. `topk_loss` therefore
+replaces `compute_topk_loss`. It runs tokfuse for names with the prefix, and verl's code for all other names. With the
+fused heads of `verl_heads` there are no logits: the teacher's ids are attached to the engine's inputs, and the head
+attaches the log-probabilities at these ids to its output. Values, gradients and metrics equal verl 0.9's FSDP losses;
+docs/verl.md names every difference.
 """
 
 import functools

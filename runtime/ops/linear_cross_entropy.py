@@ -185,8 +185,8 @@ def linear_cross_entropy(
 def _in_one_pass(run: HeadKernels, p: HeadProblem, spec: LossOptions, mask: torch.Tensor) -> torch.Tensor:
     """Return the reduced loss, and compute its gradients from the same logits.
 
-    The backward only scales these gradients, because the loss is one number. With "none" or the statistics, each row has
-    a separate incoming gradient, so the backward has to compute the logits again: one GEMM more than here.
+    The backward only scales these gradients, because the loss is one number. With "none" or the statistics, each row
+    has a separate incoming gradient, so the backward has to compute the logits again: one GEMM more than here.
     """
     dtype = torch.float32
     if spec.smooth:
