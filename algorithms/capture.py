@@ -73,7 +73,7 @@ class Captured:
         layer = self._layers[name]
         self._recorder.add_up()
         if not self._recorder.batches:
-            return torch.zeros(0, *layer.shape)
+            return torch.zeros(0, *layer.shape, dtype=torch.float32, device="cpu")
         return torch.cat([_of_batch(layer, batch) for batch in self._recorder.batches]) * layer.factor
 
     def scores(self, other: "Captured | None" = None, *, cosine: bool = True) -> torch.Tensor:

@@ -123,8 +123,13 @@ def _tried_offset(module: torch.nn.Module, weight: torch.Tensor, biased: bool) -
     twin.__dict__ = module.__dict__ | {"_parameters": {}}
     forward = getattr(module.forward, "__func__", type(module).forward)
     size = weight.shape[0]
-    x = torch.arange(SAMPLES * size, dtype=torch.float64).sin().view(SAMPLES, size).to(weight.device, weight.dtype)
-    mixed = 0.5 + (torch.arange(size) % 3).to(weight.device, weight.dtype)
+    x = (
+        torch.arange(SAMPLES * size, dtype=torch.float64, device="cpu")
+        .sin()
+        .view(SAMPLES, size)
+        .to(weight.device, weight.dtype)
+    )
+    mixed = 0.5 + (torch.arange(size, device="cpu") % 3).to(weight.device, weight.dtype)
 
     twin.__dict__["bias"] = torch.zeros_like(mixed) if biased else None
 

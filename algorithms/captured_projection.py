@@ -32,13 +32,13 @@ class Projection:
         self, size: int, rank: int, seed: int, device: torch.device, scale: torch.Tensor | None = None
     ) -> None:
         self.size, self.rows = size, min(rank, size)
-        self.factor = torch.ones((), dtype=torch.float64)
+        self.factor = torch.ones((), dtype=torch.float64, device="cpu")
         self._signs: list[torch.Tensor] = []
         if size > rank:
             generator = torch.Generator().manual_seed(seed)
             inner = math.isqrt(size - 1) + 1
             for length in (-(-size // inner), inner):
-                bits = torch.randint(0, 2, (rank, length), generator=generator, dtype=torch.float32)
+                bits = torch.randint(0, 2, (rank, length), generator=generator, dtype=torch.float32, device="cpu")
                 self._signs.append((2 * bits - 1).to(device))
             self.factor *= rank**-0.5
         self.device = device

@@ -99,7 +99,7 @@ class PIPO(Standard):
         """Return phi(xi) of the new batch with form "paper". While there is too little history: 0."""
         if state["batches"] < self.min_steps:
             return 0.0
-        means = torch.tensor(state["means"], dtype=torch.float64)
+        means = torch.tensor(state["means"], dtype=torch.float64, device="cpu")
         std = float(means.std())
         xi = (_mean_reward(batch) - float(means.mean())) / (std if std >= 1e-8 else 1.0)
         return xi if xi >= 0 else self.worsening * xi
@@ -171,7 +171,7 @@ def _improvement(mu: float, means: list[float]) -> tuple[float, float]:
     """Return (mu - mean of the means, xi) of the released code."""
     if not means:
         return 0.0, 0.0
-    history = torch.tensor(means, dtype=torch.float64)
+    history = torch.tensor(means, dtype=torch.float64, device="cpu")
     std = float(history.std(correction=0)) if len(means) >= 2 else 1.0
     gain = mu - float(history.mean())
     return gain, min(max(gain, -5.0), 5.0) / (std if std >= 1e-6 else 1.0)

@@ -209,7 +209,11 @@ class ClipCov(TokenRule):
         count = max(1, int(self.fraction * int(batch.world.sum(mask.sum()))))
         sizes = batch.world.all(torch.tensor(batch.num_tokens, device=mask.device)).tolist()
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + int(state.get("updates", 0))) * 65_537)
-        draw = torch.rand(sum(sizes), generator=generator).split(sizes)[batch.world.rank].to(mask.device)
+        draw = (
+            torch.rand(sum(sizes), generator=generator, dtype=torch.float32, device="cpu")
+            .split(sizes)[batch.world.rank]
+            .to(mask.device)
+        )
         return plan.weigh(~top_mask(draw, count, candidate, batch.world))
 
 

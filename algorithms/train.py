@@ -119,7 +119,7 @@ def train_step(
     before, previous = algorithm.before(batch, state), algorithm.replay(batch, state)
     run.seconds += time.perf_counter() - start
     for plan in before:
-        run.update(plan, torch.arange(plan.batch.num_seqs))
+        run.update(plan, torch.arange(plan.batch.num_seqs, device="cpu"))
     if previous is not None:
         count = minibatches if isinstance(minibatches, int) else max(1, len(minibatches))
         for seqs in (part for _ in range(epochs) for part in _parts(previous, count, None)):
@@ -147,18 +147,20 @@ def _parts(
         yield from parts
         return
     check_integer(OP, "minibatches", minibatches, 1)
-    prompt = torch.arange(batch.num_seqs) if batch.group_ids is None else batch.group_ids.cpu()
+    prompt = torch.arange(batch.num_seqs, device="cpu") if batch.group_ids is None else batch.group_ids.cpu()
     ids, place = prompt.unique(return_inverse=True)
     # Prompts in the order of their first response.
-    first = torch.full((len(ids),), len(prompt)).scatter_reduce(0, place, torch.arange(len(prompt)), "amin")
+    first = torch.full((len(ids),), len(prompt), device="cpu").scatter_reduce(
+        0, place, torch.arange(len(prompt), device="cpu"), "amin"
+    )
     order = first.argsort()
     if generator is not None:
-        order = order[torch.randperm(len(order), generator=generator)]
+        order = order[torch.randperm(len(order), generator=generator, device="cpu")]
     rank = torch.empty_like(order)
-    rank[order] = torch.arange(len(order))
+    rank[order] = torch.arange(len(order), device="cpu")
     by_prompt = rank[place].argsort(stable=True)
     sizes = place.bincount(minlength=len(ids))[order]
-    for prompts in torch.arange(len(order)).chunk(minibatches) if len(order) else ():
+    for prompts in torch.arange(len(order), device="cpu").chunk(minibatches) if len(order) else ():
         begin = int(sizes[: int(prompts[0])].sum())
         yield by_prompt[begin : begin + int(sizes[prompts].sum())]
 
@@ -198,7 +200,7 @@ class _Run:
 
     def _with_policy(self, part: Batch, seqs: torch.Tensor) -> Batch:
         logp, entropy = [], []
-        for rows in self._micro(torch.arange(len(seqs))):
+        for rows in self._micro(torch.arange(len(seqs), device="cpu")):
             with torch.no_grad():
                 given = self._read(seqs[rows], "current", len(part.rows(rows.to(part.old_logp.device))))
                 start = time.perf_counter()
@@ -244,9 +246,9 @@ class _Run:
         ranks = len(world.all(plan.batch.old_logp.new_zeros(())))
         # A wrapper that averages divides the gradient by the ranks once more.
         divisor = float(world.sum(plan.count())) / (ranks if self.gradients == "mean" else 1)
-        rows = _with_gradient(plan) if self.leave_out else torch.arange(len(seqs))
+        rows = _with_gradient(plan) if self.leave_out else torch.arange(len(seqs), device="cpu")
         if len(rows) == 0 and ranks > 1 and len(seqs) > 0:
-            rows = torch.arange(1)  # a wrapper that reduces gradients needs a backward on every rank
+            rows = torch.arange(1, device="cpu")  # a wrapper that reduces gradients needs a backward on every rank
         alone = len(rows) == len(seqs) and self.micro_batches == 1
         self.seconds += time.perf_counter() - start
         self.optimizer.zero_grad(set_to_none=True)

@@ -130,7 +130,7 @@ def triton_grpo_loss(
         )
     if vllm_is_ratio is not None and vllm_is_ratio.dim() == 1:
         vllm_is_ratio = vllm_is_ratio.unsqueeze(-1)
-    items = mask.sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
+    items = mask.sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch, device=logits.device)
     padding = Padding(mask)
     given = trl_objective.policy_inputs(
         options,
@@ -148,8 +148,8 @@ def triton_grpo_loss(
         given["ref_logp"] = None
     step = policy_step(logits=logits[:, :-1][mask], target=completion_ids[mask], temperature=temperature, **given)
     mean = step.metrics.mean()
-    clipped = torch.tensor(mean["clip_low"] + mean["clip_high"], device=logits.device)
-    kl = [torch.tensor(mean["ref_kl_k3"], device=logits.device)] if beta != 0.0 else []
+    clipped = torch.tensor(mean["clip_low"] + mean["clip_high"], dtype=torch.float32, device=logits.device)
+    kl = [torch.tensor(mean["ref_kl_k3"], dtype=torch.float32, device=logits.device)] if beta != 0.0 else []
     return step.loss, [*kl, clipped]
 
 

@@ -65,7 +65,9 @@ def prime_rl_loss(
     mean = out.metrics.mean()
     names = ("clip_low", "clip_high", "kl_k1", "ratio", "ref_kl_k3")
     device = inputs.loss_mask.device
-    return _outputs(out.loss, {name: torch.tensor(mean[name], device=device) for name in names if name in mean})
+    return _outputs(
+        out.loss, {name: torch.tensor(mean[name], dtype=torch.float32, device=device) for name in names if name in mean}
+    )
 
 
 def prime_rl_default_loss(

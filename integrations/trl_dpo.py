@@ -186,7 +186,7 @@ class FusedDPOTrainer(DPOTrainer):
         """Return the reference's sums of the chosen and the rejected responses. Zeros if the loss has none."""
         if not self._scores_reference:
             pairs = inputs["input_ids"].shape[0] // 2
-            zero = torch.zeros(pairs, device=inputs["input_ids"].device)
+            zero = torch.zeros(pairs, dtype=torch.float32, device=inputs["input_ids"].device)
             return zero, zero
         if self.precompute_ref_logps:
             return inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]

@@ -133,7 +133,7 @@ class Columns:
         out: dict[str, Any] = self.collate(examples)
         for name in self.names:
             if name in examples[0]:
-                out[name] = torch.tensor([example[name] for example in examples])
+                out[name] = torch.tensor([example[name] for example in examples], device="cpu")
         return out
 
 
@@ -198,7 +198,9 @@ class Method:
         needed = ("completion_mask", *COLUMNS)
         inputs = [{k: x[k].to(accelerator.device) for k in needed if k in x} for x in samples]
         batches = [batch_of(x, self.loss, accelerator) for x in inputs]
-        units = torch.tensor(float(sum(b.num_units for b in batches)), device=batches[0].cu_seqlens.device)
+        units = torch.tensor(
+            sum(b.num_units for b in batches), dtype=torch.float32, device=batches[0].cu_seqlens.device
+        )
         own = [self.loss.counts(b) for b in batches]
         total = {name: sum((counts[name] for counts in own), torch.zeros_like(own[0][name])) for name in own[0]}
         total = {name: accelerator.reduce(x, reduction="sum") for name, x in total.items()}

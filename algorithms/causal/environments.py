@@ -110,12 +110,12 @@ class GroupDRO(Stateful):
             )
         growth = self.step_size * risk.detach().double().cpu()
         growth = torch.where(growth.isnan(), 0.0, growth)
-        log = torch.tensor(state["log_weight"], dtype=torch.float64) + growth
+        log = torch.tensor(state["log_weight"], dtype=torch.float64, device="cpu") + growth
         return {"log_weight": torch.log_softmax(log, 0).tolist()}
 
     def weights(self, state: State) -> torch.Tensor:
         """Return the weights, (environments,) float64, sum 1."""
-        return torch.tensor(state["log_weight"], dtype=torch.float64).exp()
+        return torch.tensor(state["log_weight"], dtype=torch.float64, device="cpu").exp()
 
 
 @register(

@@ -93,8 +93,8 @@ class Arms(Stateful):
 
     def means(self, state: State, key: str = "reward") -> torch.Tensor:
         """Return the mean outcome of each arm, (arms,) float64. An arm that was never chosen: 0."""
-        total = torch.tensor(state[key], dtype=torch.float64)
-        return total / torch.tensor(state["pulls"]).clamp_min(1)
+        total = torch.tensor(state[key], dtype=torch.float64, device="cpu")
+        return total / torch.tensor(state["pulls"], device="cpu").clamp_min(1)
 
 
 @register(
@@ -188,7 +188,7 @@ class OFS(Arms):
 
     def choose(self, state: State) -> Choice:
         """Return the arm of the next decision."""
-        pulls = torch.tensor(state["pulls"], dtype=torch.float64)
+        pulls = torch.tensor(state["pulls"], dtype=torch.float64, device="cpu")
         if bool((pulls == 0).any()):
             arm = int((pulls == 0).int().argmax())
         else:
@@ -237,8 +237,8 @@ def generation_report(log: Sequence[Choice], target: Sequence[Sequence[float]]) 
         if len(row) != arms:
             raise refuse(op, "target", f"of {arms} probabilities per choice", len(row), "Score every arm.")
         weight.append([check_number(op, f"target[{i}]", p, 0.0, 1.0) for p in row][c.arm] / c.propensity)
-    w = torch.tensor(weight, dtype=torch.float64)
+    w = torch.tensor(weight, dtype=torch.float64, device="cpu")
     square = float(w.square().sum())
-    pulls = torch.bincount(torch.tensor([c.arm for c in log]), minlength=arms)
+    pulls = torch.bincount(torch.tensor([c.arm for c in log], device="cpu"), minlength=arms)
     size = float(w.sum()) ** 2 / square if square > 0 else 0.0
     return GenerationReport(size, (pulls.double() / len(log)).tolist())

@@ -52,7 +52,7 @@ def bm25(query: str, documents: Sequence[str], *, k1: float = 1.5, b: float = 0.
         for i, count in enumerate(words):
             f = count[word]
             scores[i] += rarity * f * (k1 + 1) / (f + k1 * (1 - b + b * lengths[i] / mean))
-    return torch.tensor(scores, dtype=torch.float64)
+    return torch.tensor(scores, dtype=torch.float64, device="cpu")
 
 
 def _words(text: str) -> list[str]:

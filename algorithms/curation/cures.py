@@ -250,7 +250,9 @@ class CurES(Stateful):
         """
         if not isinstance(prompt_ids, torch.Tensor):
             prompt_ids = torch.tensor(
-                [check_integer(self._op, "prompt_ids", i, 0, self.prompts - 1) for i in prompt_ids], dtype=torch.int64
+                [check_integer(self._op, "prompt_ids", i, 0, self.prompts - 1) for i in prompt_ids],
+                dtype=torch.int64,
+                device="cpu",
             )
         ids = check_vector(self._op, "prompt_ids", prompt_ids, dtypes=INTS).long().cpu()
         right = (
@@ -268,7 +270,7 @@ class CurES(Stateful):
 
     def success(self, state: State) -> torch.Tensor:
         """Return the posterior mean of each prompt's success rate, (prompts,) float64."""
-        wins, tries = (torch.tensor(state[k], dtype=torch.float64) for k in ("successes", "trials"))
+        wins, tries = (torch.tensor(state[k], dtype=torch.float64, device="cpu") for k in ("successes", "trials"))
         a, b = self.prior
         return (wins + a) / (tries + a + b)
 
@@ -280,7 +282,7 @@ class CurES(Stateful):
         p = self.success(state)
         temperature = torch.full_like(p, self.tau)
         if self.sampler == "code":
-            wins = torch.tensor(state["successes"], dtype=torch.float64)
+            wins = torch.tensor(state["successes"], dtype=torch.float64, device="cpu")
             temperature = CODE_TEMPERATURE * (wins + 1)
         return (p * (1 - p)).sqrt() / temperature
 

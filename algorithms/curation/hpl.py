@@ -127,7 +127,7 @@ def segment_fixed_size(actions: int, size: int = 3) -> torch.Tensor:
     """Return the offsets of groups of `size` actions, (groups + 1,) int32. The last group may be shorter."""
     check_integer("segment_fixed_size", "actions", actions, 0)
     check_integer("segment_fixed_size", "size", size, 1)
-    return torch.tensor([*range(0, actions, size), actions], dtype=torch.int32)
+    return torch.tensor([*range(0, actions, size), actions], dtype=torch.int32, device="cpu")
 
 
 def segment_fixed_count(actions: int, count: int = 3) -> torch.Tensor:
@@ -166,10 +166,10 @@ def segment_uncertain(
         check_number(op, "threshold", threshold, -math.inf)
     check_values(op, "entropy", entropy, always=True)
     if n == 0:
-        return torch.zeros(1, dtype=torch.int32)
+        return torch.zeros(1, dtype=torch.int32, device="cpu")
     if quantile is not None:
         threshold = float(torch.quantile(entropy.double(), quantile))
     assert threshold is not None
     ends = (entropy.double() > threshold).nonzero().flatten().tolist()
     borders = [0, *(end + 1 for end in ends if end + 1 < n), n]
-    return torch.tensor(borders, dtype=torch.int32)
+    return torch.tensor(borders, dtype=torch.int32, device="cpu")

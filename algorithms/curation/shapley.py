@@ -39,7 +39,7 @@ def shapley_exact(value: Value, players: int) -> torch.Tensor:
     sets = (frozenset(i for i in range(players) if mask >> i & 1) for mask in range(2**players))
     worth = [check_number("shapley_exact", "value(set)", value(members), -math.inf) for members in sets]
     share = [1 / (players * math.comb(players - 1, size)) for size in range(players)]
-    phi = torch.zeros(players, dtype=torch.float64)
+    phi = torch.zeros(players, dtype=torch.float64, device="cpu")
     for i, mask in itertools.product(range(players), range(2**players)):
         if not mask >> i & 1:
             phi[i] += share[mask.bit_count()] * (worth[mask | 1 << i] - worth[mask])
@@ -68,7 +68,7 @@ def shapley_monte_carlo(value: Value, players: int, *, permutations: int = 200, 
         return known[members]
 
     rng = np.random.default_rng(seed)
-    gain = torch.zeros(permutations, players, dtype=torch.float64)
+    gain = torch.zeros(permutations, players, dtype=torch.float64, device="cpu")
     for row in gain:
         members: frozenset[int] = frozenset()
         for i in rng.permutation(players).tolist():

@@ -222,7 +222,7 @@ def mismatched(num_seqs: int) -> torch.Tensor:
             num_seqs,
             "Use larger batches, or kl = 0.",
         )
-    return (torch.arange(num_seqs) + 1) % num_seqs
+    return (torch.arange(num_seqs, device="cpu") + 1) % num_seqs
 
 
 def kto_kl(logp_sum: torch.Tensor, ref_sum: torch.Tensor, world: World | None = None) -> torch.Tensor:

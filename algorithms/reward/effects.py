@@ -149,7 +149,7 @@ def principled_uplift_auc(
     credit = torch.where(treated == outcome, 1.0, -1.0).double()
     # Equal uplifts get their mean credit, which is the mean over all orders of them.
     _, tie = uplift.detach().unique(return_inverse=True)
-    count = torch.zeros(int(tie.max()) + 1 if tie.numel() else 0, dtype=torch.float64)
+    count = torch.zeros(int(tie.max()) + 1 if tie.numel() else 0, dtype=torch.float64, device="cpu")
     count = count.to(credit.device)
     mean = count.index_add(0, tie, credit) / count.index_add(0, tie, torch.ones_like(credit))
     order = uplift.argsort(descending=True, stable=True)

@@ -67,7 +67,7 @@ class UGDARefinement:
         check_dtype(OP, "logged", logged, FLOATS)
         check_values(OP, "logged", logged, always=True)
         check_values(OP, "score", score, 1, self.levels, always=True)
-        level = (torch.arange(self.levels, dtype=torch.float64) + 0.5) / self.levels
+        level = (torch.arange(self.levels, dtype=torch.float64, device="cpu") + 0.5) / self.levels
         table = torch.quantile(logged.detach().double(), level.to(logged.device), dim=1)
         noise = draws(self.seed, step).normal(0, self.noise_std, (logged.shape[0], score.shape[0]))
         target = table[(score - 1).long()].t() + torch.from_numpy(noise).to(logged.device)

@@ -20,7 +20,11 @@ std::optional<DType> logits_dtype(DlType type) {
   return std::nullopt;
 }
 
-bool positive(float x) { return x > 0.0f && x < __builtin_inff(); }
+// As check_divisor: x and 1 / x are normal numbers.
+bool is_divisor(float x) { return x >= 0x1p-126f && x <= 0x1p126f; }
+
+// A bool is not a number, and a tensor may have a gradient.
+bool is_number(PyObject* object) { return PyFloat_Check(object) || PyLong_CheckExact(object); }
 
 enum Option : size_t {
   kTemperature,
@@ -96,16 +100,17 @@ LogitsArgs EagerArgs::logits(PyObject* logits, PyObject* target, PyObject* optio
   a.target = vector<int64_t>(target, a.tokens, kDlInt64);
   a.mask = vector<uint8_t>(given[kOptionMask], a.tokens, kDlBool);
   a.temperature = 1.0f;
-  if (PyFloat_Check(temperature) || PyLong_Check(temperature)) {
+  if (is_number(temperature)) {
     a.temperature = static_cast<float>(number(temperature));
-    plain(positive(a.temperature));
+    plain(is_divisor(a.temperature));
   } else {
     a.temperatures = floats(temperature, a.tokens);
     plain(a.temperatures != nullptr);
   }
+  plain((softcap == Py_None || is_number(softcap)) && is_number(given[kLogitScale]));
   a.softcap = softcap == Py_None ? 0.0f : static_cast<float>(number(softcap));
   a.logit_scale = static_cast<float>(number(given[kLogitScale]));
-  plain((softcap == Py_None || positive(a.softcap)) && positive(a.logit_scale));
+  plain((softcap == Py_None || is_divisor(a.softcap)) && is_divisor(a.logit_scale));
   a.bias_scale = 1.0f;
   a.threads = threads;
   plain(a.stride >= 0 && a.target != nullptr);

@@ -25,7 +25,7 @@ def segment_moments(
 ) -> tuple[torch.Tensor, ...]:
     """(count, sum, sum_sq, min, max), each (segments,)."""
     module = native.loaded()
-    count = torch.empty(num_segments, dtype=torch.int64)
+    count = torch.empty(num_segments, dtype=torch.int64, device="cpu")
     out = (count, *(native.empty((num_segments,), values.dtype) for _ in range(4)))
     bad = module.segment_moments(
         packed_args.moments_args(
@@ -92,7 +92,7 @@ def ope(
     mask: torch.Tensor | None,
 ) -> torch.Tensor:
     """(5, 2): estimate and standard error, in the order of `ESTIMATES`."""
-    module, values = native.loaded(), torch.empty(len(ESTIMATES), 2, dtype=torch.float64)
+    module, values = native.loaded(), torch.empty(len(ESTIMATES), 2, dtype=torch.float64, device="cpu")
     module.ope(packed_args.ope_args(module, weight=weight, reward=reward, q_pi=q_pi, q_a=q_a, mask=mask, out=values))
     return values.to(reward.dtype)
 
@@ -111,7 +111,7 @@ def offpolicy_weights(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(weight, ess, kept)."""
     module, weight = native.loaded(), native.empty_like_rows(behavior_logp)
-    kept = torch.empty(behavior_logp.shape[0], dtype=torch.bool)
+    kept = torch.empty(behavior_logp.shape[0], dtype=torch.bool, device="cpu")
     args = packed_args.offpolicy_args(
         module, logp=logp, behavior_logp=behavior_logp, weight=weight, kept=kept, **options
     )
@@ -136,7 +136,7 @@ def sketch(
         left, right = _project(left, pair[0].to(dtype)), _project(right, pair[1].to(dtype))
     rank = left.shape[1]
     borders = cu_seqlens.tolist()
-    sketches = torch.empty(len(borders) - 1, rank, rank, dtype=dtype)
+    sketches = torch.empty(len(borders) - 1, rank, rank, dtype=dtype, device="cpu")
     for s, (begin, end) in enumerate(zip(borders[:-1], borders[1:], strict=True)):
         out, inner = left[begin:end].to(dtype), right[begin:end].to(dtype)
         torch.mm(out.t(), inner, out=sketches[s])
@@ -144,7 +144,7 @@ def sketch(
 
 
 def _project(x: torch.Tensor, projection: torch.Tensor) -> torch.Tensor:
-    out = torch.empty(x.shape[0], projection.shape[0], dtype=projection.dtype)
+    out = torch.empty(x.shape[0], projection.shape[0], dtype=projection.dtype, device="cpu")
     for start in range(0, x.shape[0], SKETCH_CHUNK):
         rows = x[start : start + SKETCH_CHUNK].to(projection.dtype)
         torch.mm(rows, projection.t(), out=out[start : start + SKETCH_CHUNK])

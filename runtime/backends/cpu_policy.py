@@ -26,7 +26,7 @@ def objective_args(
     out: ObjectiveOut,
 ) -> Any:
     """Build ObjectiveArgs with scratch memory for the CPU kernels."""
-    scratch = torch.empty(4 * logp.shape[0], dtype=torch.float32)
+    scratch = torch.empty(4 * logp.shape[0], dtype=torch.float32, device="cpu")
     return objectives.objective_args(
         native.loaded(),
         logp=logp,

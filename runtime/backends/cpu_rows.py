@@ -90,7 +90,7 @@ def token_stats_at_fwd(
 ) -> tuple[torch.Tensor, ...]:
     """The seven outputs of token_stats_fwd, and logp_at (ids,) float32."""
     o, module = LogitOptions(**options), native.loaded()
-    out = (*row_args.empty_outputs(logits), torch.empty(ids.shape, dtype=torch.float32))
+    out = (*row_args.empty_outputs(logits), torch.empty(ids.shape, dtype=torch.float32, device="cpu"))
     bad = module.token_stats_at_fwd(
         row_args.logits_args(module, logits, target, o),
         row_args.token_stats_out(module, RowStats.of(out[:7])),
@@ -161,7 +161,7 @@ def _refuse_kept_row(
 ) -> None:
     """Raise the error for row `bad`. The kernel reports the row only, so its values are checked again."""
     vocab = logits.shape[1]
-    only = torch.zeros(logits.shape[0], dtype=torch.bool)
+    only = torch.zeros(logits.shape[0], dtype=torch.bool, device="cpu")
     only[bad] = True
     check_values("kept_token_stats", target, vocab, only, o.temperature)
     row_ids = ids[int(offsets[bad]) : int(offsets[bad + 1])]
@@ -220,8 +220,8 @@ def paired_divergence_fwd(
     given: the state of longer rows, of which the logits are some columns; see `DivergenceArgs`.
     """
     o, module = LogitOptions(**options), native.loaded()
-    divergence = torch.empty(logits_p.shape[0], dtype=torch.float32)
-    state = torch.empty(logits_p.shape[0], DIVERGENCE_STATE, dtype=torch.float32)
+    divergence = torch.empty(logits_p.shape[0], dtype=torch.float32, device="cpu")
+    state = torch.empty(logits_p.shape[0], DIVERGENCE_STATE, dtype=torch.float32, device="cpu")
     bad = module.paired_divergence_fwd(
         row_args.divergence_args(module, logits_p, logits_q, o, kind=kind, mix_weight=mix_weight, given=given),
         row_args.divergence_out(module, divergence, state),

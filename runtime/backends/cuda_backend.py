@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from tokfuse.runtime.core import native
 from tokfuse.runtime.core.checks import may_read
@@ -56,9 +57,9 @@ def reader() -> Any | None:
 def eager(main: Any) -> Any | None:
     """Return the launchers if one of their functions may run a whole call, checks and outputs included.
 
-    `main` is the main input. Return None under torch.compile, for tensors on the CPU, if values must be checked
-    (TOKFUSE_CHECK), if another backend is forced, and without usable kernels. The call then takes the general
-    path. It also does so if the native function returns None for its arguments.
+    `main` is the main input. Return None under torch.compile and forward-mode differentiation, for tensors on the CPU,
+    if values must be checked (TOKFUSE_CHECK), if another backend is forced, and without usable kernels. The call then
+    takes the general path. It also does so if the native function returns None for its arguments.
     """
     if torch.compiler.is_compiling() or not isinstance(main, torch.Tensor):
         return None
@@ -66,7 +67,7 @@ def eager(main: Any) -> Any | None:
         wanted = forced_backend() in (None, "cuda")
     else:
         wanted = forced_backend() == "cuda" and hosted()
-    return reader() if wanted and not may_read(main) else None
+    return reader() if wanted and not may_read(main) and forward_ad._current_level < 0 else None
 
 
 @functools.cache

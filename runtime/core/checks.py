@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch._C._functorch import is_functorch_wrapped_tensor, is_gradtrackingtensor
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from tokfuse.runtime.core import native
@@ -57,6 +58,10 @@ def require_tensor(op: str, name: str, value: object) -> torch.Tensor:
         _check_subclass(op, name, value)
     elif is_functorch_wrapped_tensor(value):
         _check_transform(op, name, value)
+    if value.layout is not torch.strided or value.is_nested:
+        raise _refuse_form(op, name, value)
+    if forward_ad._current_level >= 0:
+        _check_tangent(op, name, value)
     return value
 
 
@@ -78,6 +83,25 @@ def _check_subclass(op: str, name: str, value: torch.Tensor) -> None:
     else:
         return
     raise refuse(op, name, "a plain tensor", f"a {kind}", step)
+
+
+def _refuse_form(op: str, name: str, value: torch.Tensor) -> ValueError:
+    """Return the error for a tensor whose memory is not an array of its values."""
+    if value.is_nested:
+        return refuse(op, name, "a dense tensor", "a nested tensor", f"Pack its rows: torch.cat({name}.unbind()).")
+    return refuse(op, name, "a dense tensor", f"layout {value.layout}", f"Call {name}.to_dense().")
+
+
+def _check_tangent(op: str, name: str, value: torch.Tensor) -> None:
+    """Raise ValueError for a dual tensor of forward-mode differentiation. The reference can be differentiated by it."""
+    if forward_ad.unpack_dual(value).tangent is not None and forced_backend() != "reference":
+        raise refuse(
+            op,
+            name,
+            "a tensor without a tangent (the kernels have no forward-mode derivative)",
+            "a dual tensor of torch.autograd.forward_ad",
+            'Use torch.autograd.grad, or tokfuse.backend("reference").',
+        )
 
 
 def _check_transform(op: str, name: str, value: torch.Tensor) -> None:
@@ -326,7 +350,7 @@ def check_values(
         bad = bad & where
     if bool(bad.any()):
         place = int(bad.flatten().to(torch.uint8).argmax())
-        index = [int(i) for i in torch.unravel_index(torch.tensor(place), x.shape)]
+        index = [int(i) for i in torch.unravel_index(torch.tensor(place, device="cpu"), x.shape)]
         actual = f"{x.flatten()[place].item()} at {index[0] if len(index) == 1 else index}"
         kind = "finite and " if x.dtype.is_floating_point else ""
         want = f"{kind}in {_interval(low, high, open_low, open_high)} in every element"
@@ -342,6 +366,16 @@ def _interval(low: float, high: float, open_low: bool, open_high: bool) -> str:
 def check_positive(op: str, name: str, value: object) -> None:
     """Raise an error unless `value` is a finite number above zero."""
     check_number(op, name, value, 0.0, open_low=True)
+
+
+FLOAT32_MIN, FLOAT32_MAX = 2.0**-126, 2.0**126
+"""The numbers that are normal in float32 together with their inverse."""
+
+
+def check_divisor(op: str, name: str, value: object) -> None:
+    """Raise an error unless `value` is a number above zero that the kernels can divide by in float32."""
+    check_positive(op, name, value)
+    check_number(op, name, value, FLOAT32_MIN, FLOAT32_MAX)
 
 
 def check_normalizer(op: str, value: object) -> None:

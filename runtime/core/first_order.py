@@ -14,7 +14,10 @@ from tokfuse.runtime.core.errors import refuse
 
 
 def first_order(op: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Return a decorator for a backward pass. It raises ValueError if the pass runs under create_graph=True."""
+    """Return a decorator for a backward pass. It raises ValueError under create_graph=True.
+
+    A backward that fails under vmap raises ValueError, too.
+    """
 
     def decorate(backward: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(backward)
@@ -28,7 +31,18 @@ def first_order(op: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
                     'For second derivatives, compute the loss with tokfuse.backend("reference") from token_stats, '
                     "linear_token_stats or policy_loss.",
                 )
-            return backward(*args)
+            try:
+                return backward(*args)
+            except RuntimeError:
+                if not any(isinstance(x, torch.Tensor) and "Batched" in str(torch._C._dispatch_keys(x)) for x in args):
+                    raise
+            raise refuse(
+                op,
+                "the gradient that arrives",
+                "a plain tensor (the kernels do not run under vmap)",
+                "a batch of gradients, from is_grads_batched=True or vectorize=True",
+                "Call torch.autograd.grad once per gradient.",
+            )
 
         return call
 

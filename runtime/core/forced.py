@@ -5,6 +5,7 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from tokfuse.runtime.core import native
 
@@ -28,10 +29,10 @@ def forced_backend() -> str | None:
 def eager_cpu(main: Any) -> Any | None:
     """Return the native module if one of its functions may run a whole CPU call, checks and outputs included.
 
-    Return None under torch.compile, if another backend is forced, without the module, and if `main`, the main
-    input, is on a GPU. The call then takes the general path. It also does so if the native function returns
-    None for its arguments.
+    Return None under torch.compile and forward-mode differentiation, if another backend is forced, without the module,
+    and if `main`, the main input, is on a GPU. The call then takes the general path. It also does so if the native
+    function returns None for its arguments.
     """
     if torch.compiler.is_compiling() or forced_backend() not in (None, "cpu") or getattr(main, "is_cuda", False):
         return None
-    return native.eager()
+    return native.eager() if forward_ad._current_level < 0 else None

@@ -121,10 +121,10 @@ def check_options(op: str, tokens: int, device: torch.device, o: LogitOptions, p
     if isinstance(o.temperature, torch.Tensor):
         checks.check_constant_vector(op, f"{prefix}temperature", o.temperature, rows)
     else:
-        checks.check_positive(op, f"{prefix}temperature", o.temperature)
+        checks.check_divisor(op, f"{prefix}temperature", o.temperature)
     if o.softcap is not None:
-        checks.check_positive(op, f"{prefix}softcap", o.softcap)
-    checks.check_positive(op, f"{prefix}logit_scale", o.logit_scale)
+        checks.check_divisor(op, f"{prefix}softcap", o.softcap)
+    checks.check_divisor(op, f"{prefix}logit_scale", o.logit_scale)
     checks.check_optional(op, f"{prefix}mask", o.mask, rows, checks.BOOL)
 
 

@@ -96,7 +96,7 @@ def empty(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> torch.Ten
     """
     native = eager()
     if native is None or dtype not in DTYPE_CODE:
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype, device="cpu")
     x: torch.Tensor = native.empty(tuple(shape), DTYPE_CODE[dtype])
     return x
 

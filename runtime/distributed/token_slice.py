@@ -55,7 +55,7 @@ class TokenSlice:
         collectives.require_group("TokenSlice", group)
         ranks = collectives.num_ranks(group)
         size = -(-num_tokens // (ranks * pieces))
-        place = torch.arange(ranks * pieces * size).view(ranks * pieces, size)
+        place = torch.arange(ranks * pieces * size, device="cpu").view(ranks * pieces, size)
         if pieces == 2:
             place = torch.stack([place[:ranks], place[ranks:].flip(0)], 1)
         place = place.flatten()

@@ -159,7 +159,7 @@ class Head:
         self.bias = None if p.bias is None else p.bias.detach().float()
         if self.weight.dtype != torch.float32:
             tile = max(1, min(p.vocab, TILE_BYTES // (4 * self.weight.shape[1])))
-            self.tile = torch.empty(tile, self.weight.shape[1])
+            self.tile = torch.empty(tile, self.weight.shape[1], dtype=torch.float32, device="cpu")
 
     def rows_of_hidden(self, tokens: torch.Tensor) -> torch.Tensor:
         """Return the hidden states of the tokens, in float32."""
@@ -240,10 +240,10 @@ class Head:
         """
         pairs = buffer.vocab // buffer.tile // 2 if self._batches(buffer, rows) else 0
         if pairs == 0:
-            return torch.empty(rows, self.weight.shape[1]), 0
+            return torch.empty(rows, self.weight.shape[1], dtype=torch.float32, device="cpu"), 0
         tiles = buffer.whole_tiles()
         weight = self.weight[: tiles.shape[0] * buffer.tile].view(tiles.shape[0], buffer.tile, -1)
-        sums = torch.empty(2, rows, self.weight.shape[1])
+        sums = torch.empty(2, rows, self.weight.shape[1], dtype=torch.float32, device="cpu")
         torch.bmm(tiles[:2], weight[:2], out=sums)
         for k in range(2, 2 * pairs, 2):
             sums.baddbmm_(tiles[k : k + 2], weight[k : k + 2])
@@ -256,11 +256,11 @@ class HeadGradients:
     def __init__(self, head: Head, needs: tuple[bool, bool, bool]) -> None:
         p = head.problem
         self.head = head
-        self.hidden = torch.zeros(p.hidden.shape, dtype=p.hidden.dtype) if needs[0] else None
+        self.hidden = torch.zeros(p.hidden.shape, dtype=p.hidden.dtype, device="cpu") if needs[0] else None
         self.weight: torch.Tensor | None = None
         if needs[1]:
             self.weight = native.empty(p.weight.shape)
-        self.bias = torch.zeros(p.vocab, dtype=torch.float32) if needs[2] else None
+        self.bias = torch.zeros(p.vocab, dtype=torch.float32, device="cpu") if needs[2] else None
         self._weight_written = False
 
     def add(self, buffer: LogitsBuffer, tokens: torch.Tensor) -> None:
@@ -320,7 +320,7 @@ class GradientPool:
 
     def __init__(self, buffer: LogitsBuffer, gradients: HeadGradients) -> None:
         self.buffer, self.gradients = buffer, gradients
-        self.tokens = torch.empty(buffer.rows, dtype=torch.int64)
+        self.tokens = torch.empty(buffer.rows, dtype=torch.int64, device="cpu")
         self.used = 0
 
     def free(self) -> int:

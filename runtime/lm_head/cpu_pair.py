@@ -56,7 +56,7 @@ def logits_run(p: LogitsPair, given: Coefficients, policy: PolicyPart | None) ->
     """One read of both sides, one write; with a policy term one more read of the student. A `LogitsRun`."""
     check_logits_values("distill_step", p)
     module = native.loaded()
-    stats = tuple(torch.empty(p.logits.shape[0], dtype=torch.float32) for _ in range(5 + given.further))
+    stats = tuple(torch.empty(p.logits.shape[0], dtype=torch.float32, device="cpu") for _ in range(5 + given.further))
     grad_logits = native.empty_like_rows(p.logits)
     logits = p.logits.detach()
     if policy is not None:
@@ -87,7 +87,9 @@ class _PairWork:
         if policy is not None and self.coefficients is not None:
             self.policy = ChunkPolicy(policy, p.student.tokens, p.student.hidden.device)
             # The policy term is added chunk by chunk.
-            self.coefficients = self.coefficients.plus(*(torch.zeros(p.student.tokens) for _ in range(2)))
+            self.coefficients = self.coefficients.plus(
+                *(torch.zeros(p.student.tokens, dtype=torch.float32, device="cpu") for _ in range(2))
+            )
         self.order = pair_rows(p, self.coefficients, policy)
         needs = (False, False, False) if given is None else wanted(p.student)
         self.backward = any(needs)
@@ -95,13 +97,15 @@ class _PairWork:
         self.teacher_head = None if self.teacher is None else Head(self.teacher)
         self.gradients = HeadGradients(self.head, needs)
         further = 0 if given is None else given.further
-        self.stats = tuple(torch.zeros(self.student.tokens, dtype=torch.float32) for _ in range(5 + further))
+        self.stats = tuple(
+            torch.zeros(self.student.tokens, dtype=torch.float32, device="cpu") for _ in range(5 + further)
+        )
         self.out = row_args.distill_out(native.loaded(), self.stats)
         self.own: list[torch.Tensor] = []
         if policy is not None or self.order.gradient > self.order.compared:
             # token_stats of the student, whose logp, entropy and lse are results of this call.
             shared = [self.stats[2], self.stats[1], *self.stats[5:6]]
-            rest = (torch.zeros(self.student.tokens, dtype=torch.float32) for _ in range(7 - len(shared)))
+            rest = (torch.zeros(self.student.tokens, dtype=torch.float32, device="cpu") for _ in range(7 - len(shared)))
             self.own = [*shared, *rest]
         if given is not None and given.logit_sum is not None:
             self.student = self.student._replace(logit_sum=self.stats[6], class_weight=given.class_weight)

@@ -33,7 +33,7 @@ from tokfuse.runtime.reference import kept_token_stats as kept_reference
 def _row_index(p: HeadProblem) -> torch.Tensor:
     """Return the indices of the tokens to compute, (rows,) int64."""
     index = needed_rows(p)
-    return torch.arange(p.tokens) if index is None else index
+    return torch.arange(p.tokens, device="cpu") if index is None else index
 
 
 def stats_of_buffer(
@@ -85,7 +85,7 @@ def linear_fwd(p: HeadProblem) -> tuple[torch.Tensor, ...]:
     check_targets(p)
     index = _row_index(p)
     make = torch.empty if index.shape[0] == p.tokens else torch.zeros
-    out = tuple(make(p.tokens, dtype=torch.float32) for _ in range(7))
+    out = tuple(make(p.tokens, dtype=torch.float32, device="cpu") for _ in range(7))
     if index.shape[0] == 0:
         return out
     rows = workspace_rows(p, index.shape[0])
@@ -112,7 +112,11 @@ def linear_bwd(
 ) -> list[torch.Tensor | None]:
     """Return [grad_hidden, grad_weight, grad_bias]. Rows without incoming gradient are not recomputed."""
     grad_logp = kept_reference.gradient_if_kept(p.kept, logp, grad_logp)
-    ga = torch.zeros(p.tokens) if grad_logp is None else grad_logp.float().contiguous()
+    ga = (
+        torch.zeros(p.tokens, dtype=torch.float32, device="cpu")
+        if grad_logp is None
+        else grad_logp.float().contiguous()
+    )
     more = (grad_entropy, grad_lse, grad_logit_sum)
     gh, gl, gu = (None if x is None else x.float().contiguous() for x in more)
     active = ga != 0
@@ -153,7 +157,7 @@ def _token_step(p: HeadProblem, inputs: PolicyInputs, objective: Objective, inv_
     """Compute gradients in one pass: 2MHV FLOPs for the logits, 4MHV for the rows with a gradient."""
     module = native.loaded()
     index = _row_index(p)
-    stats = [torch.zeros(p.tokens, dtype=torch.float32) for _ in range(7)]
+    stats = [torch.zeros(p.tokens, dtype=torch.float32, device="cpu") for _ in range(7)]
     out = ObjectiveOut.empty(p.tokens)
     for x in (out.token_loss, out.d_logp, out.d_entropy):
         x.zero_()  # no chunk contains masked rows
@@ -212,7 +216,7 @@ def unit_step(p: HeadProblem, units: Units, loss: Loss) -> UnitTerms:
     check_targets(p)
     with torch.no_grad():
         work = _UnitsWork(p, units)
-        total = torch.zeros((), dtype=torch.float64)
+        total = torch.zeros((), dtype=torch.float64, device="cpu")
         for first, last in units.groups(work.rows):
             total += work.group(first, last, loss)
         return UnitTerms(total, TokenStats(*work.stats[:5]), work.gradients.finish(), work.read_twice)
@@ -229,7 +233,7 @@ class _UnitsWork:
         self.backward = any(needs)
         self.gradients = HeadGradients(self.head, needs)
         self.buffer = LogitsBuffer.workspace(self.rows, p.vocab)
-        self.stats = [torch.zeros(p.tokens, dtype=torch.float32) for _ in range(7)]
+        self.stats = [torch.zeros(p.tokens, dtype=torch.float32, device="cpu") for _ in range(7)]
         self.read_twice = 0
 
     def logits(self, tokens: torch.Tensor) -> None:

@@ -139,7 +139,7 @@ class DeviceHead:
         self.grad_weight: torch.Tensor | None = None
         if needs[1]:
             self.grad_weight = torch.empty(p.weight.shape, dtype=torch.float32, device=device)
-        self.grad_bias = torch.zeros(p.vocab, device=device) if needs[2] else None
+        self.grad_bias = torch.zeros(p.vocab, device=device, dtype=torch.float32) if needs[2] else None
         self._weight_written = False
         # Rows start at multiples of a vector, so that the sums of a row do not depend on its position.
         self._stride = -(-p.vocab // 16) * 16
@@ -175,7 +175,7 @@ class DeviceHead:
             return [0 if kept is None else None] * parts
         counts = kept_rows.counts_of(kept, self.rows.order[borders[0] : borders[-1]])
         before = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
-        at = torch.tensor([border - borders[0] for border in borders]).to(before.device)
+        at = torch.tensor([border - borders[0] for border in borders], device="cpu").to(before.device)
         return before[at].diff().tolist()
 
     def _buffer(self, kept: torch.Tensor | None, rows: int, dtype: torch.dtype) -> torch.Tensor:

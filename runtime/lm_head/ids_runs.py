@@ -99,9 +99,9 @@ def cpu_fwd(p: HeadProblem, ids: TokenIds | None, top_k: int) -> tuple[torch.Ten
     """Run cpu_runs.linear_fwd with the log-probs of the ids."""
     places, module = _places(p, ids, top_k), native.loaded()
     needed = needed_rows(p)
-    index = torch.arange(p.tokens) if needed is None else needed
-    stats = [torch.zeros(p.tokens, dtype=torch.float32) for _ in range(7)]
-    logp_at = torch.zeros(places.flat.shape, dtype=torch.float32)
+    index = torch.arange(p.tokens, device="cpu") if needed is None else needed
+    stats = [torch.zeros(p.tokens, dtype=torch.float32, device="cpu") for _ in range(7)]
+    logp_at = torch.zeros(places.flat.shape, dtype=torch.float32, device="cpu")
     if index.shape[0] > 0:
         rows = workspace_rows(p, index.shape[0])
         head, buffer = Head(p), LogitsBuffer.workspace(rows, p.vocab)
@@ -135,7 +135,10 @@ def cpu_bwd(
 ) -> list[torch.Tensor | None]:
     """Return the gradients; rows without incoming gradient are not recomputed."""
     module = native.loaded()
-    given = tuple(torch.zeros(p.tokens) if x is None else x for x in (grad_logp, grad_entropy, grad_lse))
+    given = tuple(
+        torch.zeros(p.tokens, dtype=torch.float32, device="cpu") if x is None else x
+        for x in (grad_logp, grad_entropy, grad_lse)
+    )
     ga, gh, gl = given
     index = _gradient_arrives(p, ids, given, grad_logp_at).nonzero().squeeze(1)
     rows = workspace_rows(p, max(1, index.shape[0]))
@@ -166,7 +169,7 @@ def cpu_step(p: HeadProblem, ids: TokenIds, loss: IdsLoss) -> IdsTerms:
     """Run a step. The first chunk uses the memory of dW, as in `policy_step`."""
     with torch.no_grad():
         needed = needed_rows(p)
-        index = torch.arange(p.tokens) if needed is None else needed
+        index = torch.arange(p.tokens, device="cpu") if needed is None else needed
         work = _StepWork(p, ids, loss)
         count, start, rows = index.shape[0], 0, workspace_rows(p, max(1, index.shape[0]))
         if work.gradients.weight is not None and count > 0:
@@ -190,10 +193,10 @@ class _StepWork:
         self.backward = any(needs)
         self.head = Head(p)
         self.gradients = HeadGradients(self.head, needs)
-        self.stats = [torch.zeros(p.tokens, dtype=torch.float32) for _ in range(7)]
-        self.none = torch.zeros(p.tokens)
-        self.logp_at, self.grad_at = (torch.zeros(ids.shape, dtype=torch.float32) for _ in range(2))
-        self.loss = torch.zeros((), dtype=torch.float64)
+        self.stats = [torch.zeros(p.tokens, dtype=torch.float32, device="cpu") for _ in range(7)]
+        self.none = torch.zeros(p.tokens, dtype=torch.float32, device="cpu")
+        self.logp_at, self.grad_at = (torch.zeros(ids.shape, dtype=torch.float32, device="cpu") for _ in range(2))
+        self.loss = torch.zeros((), dtype=torch.float64, device="cpu")
 
     def visit(self, buffer: LogitsBuffer, chunk: torch.Tensor) -> None:
         """Add the loss of the tokens in `chunk`, and their gradients."""

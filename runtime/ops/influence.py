@@ -311,7 +311,7 @@ def check_spec(op: str, rank: int | None, seed: int) -> None:
 def projections(rank: int, hidden_size: int, seed: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (P_out, P_in), each (rank, hidden_size) float32 with entries +-1 / sqrt(rank)."""
     generator = torch.Generator().manual_seed(seed)
-    signs = torch.randint(0, 2, (2, rank, hidden_size), generator=generator, dtype=torch.float32)
+    signs = torch.randint(0, 2, (2, rank, hidden_size), generator=generator, dtype=torch.float32, device="cpu")
     out, inner = ((2 * signs - 1) * rank**-0.5).to(device)
     return out, inner
 

@@ -7,7 +7,7 @@ import torch
 
 from tokfuse.runtime.backends import cpu_rows, cuda_backend, cuda_rows, triton_rows
 from tokfuse.runtime.backends.registration import register_cpu, register_cuda, register_reference, register_triton
-from tokfuse.runtime.core.checks import check_flag, check_positive, number, require_tensor
+from tokfuse.runtime.core.checks import check_divisor, check_flag, number, require_tensor
 from tokfuse.runtime.core.dispatch import FLOAT_DTYPES, Kernels, select
 from tokfuse.runtime.core.errors import refuse
 from tokfuse.runtime.core.first_order import first_order
@@ -313,7 +313,7 @@ def _eager(logits: torch.Tensor, target: torch.Tensor, o: LogitOptions) -> Token
 def _extended(logits: torch.Tensor, target: torch.Tensor, options: LogitOptions, extras: Extras) -> ExtendedTokenStats:
     """Compute `token_stats` with second_temperature or moments. Logits and options have been checked."""
     if extras.second_temperature is not None:
-        check_positive(OP, "second_temperature", extras.second_temperature)
+        check_divisor(OP, "second_temperature", extras.second_temperature)
     capability = select(EXTENDED, logits.device.type, logits.dtype, options.features())
     arguments = {**options._asdict(), **extras._asdict()}
     if capability.backend == "reference":

@@ -150,6 +150,8 @@ def inverse_of(op: str, normalizer: Normalizer) -> float:
             raise refuse(
                 op, "normalizer", "a 0-dim tensor", f"shape {tuple(normalizer.shape)}", "Pass one global count."
             )
+        checks.check_dtype(op, "normalizer", normalizer, checks.FLOATS | checks.INTS)
+        checks.check_constant(op, "normalizer", normalizer)
         if torch.compiler.is_compiling():
             count = normalizer.detach().reshape(()).double().cpu()
             return torch.where((count > 0) & count.isfinite(), 1.0 / count, torch.nan)  # type: ignore[return-value]

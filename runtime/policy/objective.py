@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from tokfuse.runtime.policy.shapes import (
+    FINITE,
     SLOTS,
     WITHOUT_KERNELS,
     Bound,
@@ -68,7 +69,7 @@ class KL:
         if self.estimator not in KL_ESTIMATORS:
             known = ", ".join(KL_ESTIMATORS)
             raise ValueError(f"KL: estimator must be one of {known}; got {self.estimator!r}.")
-        require_within(self, "coef", Bound())
+        require_within(self, "coef", FINITE)
         require_within(self, "clamp", Bound(0.0, open_low=True))
 
 
@@ -136,7 +137,7 @@ class Objective:
         for name, known in (("level", LEVELS), ("aggregation", AGGREGATIONS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"Objective: {name} must be one of {', '.join(known)}; got {getattr(self, name)!r}.")
-        require_within(self, "entropy_coef", Bound())
+        require_within(self, "entropy_coef", FINITE)
         # At most 80, because exp(80) is finite in float32.
         require_within(self, "log_ratio_clamp", Bound(0.0, 80.0, open_low=True))
 

@@ -42,6 +42,8 @@ class Bound(NamedTuple):
         return above and (value < self.high if self.open_high else value <= self.high)
 
     def __str__(self) -> str:
+        if (self.low, self.high) == (-INF, INF):
+            return "a finite number"
         high = f" and {'<' if self.open_high else '<='} {self.high:g}" if self.high < INF else ""
         return f"{'>' if self.open_low else '>='} {self.low:g}{high}"
 
@@ -51,10 +53,11 @@ def require_within(spec: object, name: str, bound: Bound) -> None:
     value = number(given := getattr(spec, name))
     if value is not given:
         object.__setattr__(spec, name, value)
-    if not isinstance(value, int | float) or not bound.admits(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not bound.admits(value):
         raise ValueError(f"{type(spec).__name__}: {name} must be {bound}; got {value!r}.")
 
 
+FINITE = Bound(open_low=True, open_high=True)
 Positive = Annotated[float, Bound(0.0, open_low=True)]
 NonNegative = Annotated[float, Bound(0.0)]
 Width = Annotated[float, Bound(0.0, 1.0)]

@@ -150,9 +150,9 @@ def _metric_sums(
             sums[SLOT[name]] = value.detach().double()
 
         put("tokens", keep.sum())
-        put("all_tokens", torch.tensor(keep.shape[0]))
+        put("all_tokens", torch.tensor(keep.shape[0], device="cpu"))
         put("masked", (~keep).sum())
-        put("seqs", (seg.counts > 0).sum() if inputs.cu_seqlens is not None else torch.tensor(0))
+        put("seqs", (seg.counts > 0).sum() if inputs.cu_seqlens is not None else torch.tensor(0, device="cpu"))
         put("loss", loss)
         for name, flag in flags.items():
             put(name, (flag & keep).sum())

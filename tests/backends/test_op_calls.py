@@ -6,6 +6,7 @@ without it. This file fails instead.
 
 import inspect
 import operator
+import re
 from collections import defaultdict
 from fractions import Fraction
 
@@ -125,6 +126,42 @@ def test_second_derivative_is_refused_not_wrong(call):
             torch.autograd.grad(loss, leaves, create_graph=True)
 
 
+@pytest.mark.parametrize("call", SECOND, ids=lambda call: call.name)
+def test_a_batch_of_gradients_is_refused_or_right(call):
+    if native.module() is None:
+        pytest.skip("cpu: the native module is not built")
+    with tokfuse.backend("cpu"):
+        given = call.arguments(Problem(SMALL, "cpu", torch.float32))
+        loss = scalar(call.function()(**given)).unsqueeze(0)
+        leaves = [given[name] for name in call.differentiable(given)]
+        try:
+            batch = torch.autograd.grad(loss, leaves, torch.tensor([[1.0], [-2.0]]), is_grads_batched=True)
+        except ValueError as error:
+            assert re.search("the gradient that arrives must be a plain tensor .* got a batch of", str(error))
+            return
+        given = call.arguments(Problem(SMALL, "cpu", torch.float32))
+        plain = torch.autograd.grad(scalar(call.function()(**given)), [given[x] for x in call.differentiable(given)])
+        assert all(torch.allclose(b, torch.stack([g, -2 * g])) for b, g in zip(batch, plain, strict=True))
+
+
+def test_a_tangent_of_forward_mode_is_refused_not_dropped():
+    z, tangent, target = torch.randn(2, 9), torch.randn(2, 9), torch.tensor([1, 2])
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(z, tangent)
+        if native.module() is not None:
+            for call in (tokfuse.token_stats, tokfuse.cross_entropy):
+                with (
+                    tokfuse.backend("cpu"),
+                    pytest.raises(ValueError, match="logits must be a tensor without a tangent"),
+                ):
+                    call(dual, target)
+        with tokfuse.backend("reference"):
+            logp = tokfuse.token_stats(dual, target).logp
+        got = torch.autograd.forward_ad.unpack_dual(logp).tangent
+    want = torch.func.jvp(lambda x: x.double().log_softmax(1)[[0, 1], target], (z,), (tangent,))[1]
+    torch.testing.assert_close(got.double(), want)
+
+
 def test_second_derivative_of_a_custom_op_is_refused():
     z, target = torch.randn(2, 9).requires_grad_(), torch.tensor([1, 2])
     out = torch.ops.tokfuse.token_stats.default(z, target, None, 1.0, None, 1.0, None, None, 1.0, None)
@@ -138,6 +175,28 @@ def test_segment_moments_is_differentiable_twice():
     (grad,) = torch.autograd.grad(square, values, create_graph=True)
     (second,) = torch.autograd.grad((grad * values).sum(), values)
     assert grad.tolist() == [2.0, -4.0, 6.0] and second.tolist() == [4.0, -8.0, 12.0]
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("call", [*calls()], ids=lambda call: call.name)
+def test_defaults_of_torch_change_nothing(call, backend):
+    """An op takes device and dtype from its arguments, not from torch.set_default_device and set_default_dtype."""
+    if native.module() is None and backend == "cpu":
+        pytest.skip("cpu: the native module is not built")
+    with tokfuse.backend(backend):
+        plain = call.run(Problem(SMALL))
+        given = call.arguments(Problem(SMALL))
+        with torch.device("meta"):
+            results = [call.apply(given)]
+        given = call.arguments(Problem(SMALL))
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            results.append(call.apply(given))
+        finally:
+            torch.set_default_dtype(torch.float32)
+    for result in results:
+        assert result.keys() == plain.keys()
+        assert all(bits(result[name]) == bits(plain[name]) for name in plain)
 
 
 def numpy_numbers(given: dict, kind: type) -> dict:

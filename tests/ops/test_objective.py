@@ -161,7 +161,7 @@ REFUSED = [
         lambda: KL(estimator="k4", coef=1.0),
         "KL: estimator must be one of k1, k2, k3, ratio_k3, k1_straight, k3_straight, abs; got 'k4'.",
     ),
-    (lambda: KL(coef=NAN), "KL: coef must be >= -inf; got nan."),
+    (lambda: KL(coef=NAN), "KL: coef must be a finite number; got nan."),
     (lambda: KL(coef=1.0, clamp=0.0), "KL: clamp must be > 0; got 0.0."),
     (
         lambda: Objective(level="tokens"),
@@ -172,7 +172,10 @@ REFUSED = [
         "Objective: aggregation must be one of token_mean, seq_mean_token_mean, seq_mean_token_sum, "
         "token_sum; got 'mean'.",
     ),
-    (lambda: Objective(entropy_coef=NAN), "Objective: entropy_coef must be >= -inf; got nan."),
+    (lambda: Objective(entropy_coef=float("inf")), "Objective: entropy_coef must be a finite number; got inf."),
+    (lambda: Objective(entropy_coef="0.1"), "Objective: entropy_coef must be a finite number; got '0.1'."),
+    (lambda: Objective(entropy_coef=True), "Objective: entropy_coef must be a finite number; got True."),
+    (lambda: Objective(entropy_coef=NAN), "Objective: entropy_coef must be a finite number; got nan."),
     (lambda: Objective(log_ratio_clamp=81.0), "Objective: log_ratio_clamp must be > 0 and <= 80; got 81.0."),
     (lambda: Objective(log_ratio_clamp=0.0), "Objective: log_ratio_clamp must be > 0 and <= 80; got 0.0."),
 ]

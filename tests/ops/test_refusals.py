@@ -47,6 +47,7 @@ def step_call(**changes):
     return tokfuse.policy_step, arguments
 
 
+NORMAL = "a finite number in [1.17549e-38, 8.50706e+37]"
 POSITIVE, CHECK = "a finite number in (0, inf)", "Check its unit and sign."
 PACKED = "Pass the packed vector, without padding."
 FLOATS = "bfloat16 or float16 or float32 or float64"
@@ -115,6 +116,8 @@ LOGITS = [
         "token_stats: temperature must be detached (the op does not differentiate it); got "
         "requires_grad=True. Call temperature.detach().",
     ),
+    (lambda: logits_call(temperature=1e-40), f"token_stats: temperature must be {NORMAL}; got 1e-40. {CHECK}"),
+    (lambda: logits_call(logit_scale=1e300), f"token_stats: logit_scale must be {NORMAL}; got 1e+300. {CHECK}"),
     (lambda: logits_call(softcap=float("inf")), f"token_stats: softcap must be {POSITIVE}; got inf. {CHECK}"),
     (lambda: logits_call(logit_scale=-1.0), f"token_stats: logit_scale must be {POSITIVE}; got -1.0. {CHECK}"),
     (
@@ -276,6 +279,16 @@ LOSS = [
         "Pass the global token or sequence count.",
     ),
     (
+        lambda: loss_call(normalizer=torch.tensor(True)),
+        "policy_loss: normalizer must be of dtype bfloat16 or float16 or float32 or float64 or int32 or int64; got "
+        "bool. Call normalizer.float().",
+    ),
+    (
+        lambda: loss_call(normalizer=torch.tensor(2.0, requires_grad=True)),
+        "policy_loss: normalizer must be detached (the op does not differentiate it); got requires_grad=True. Call "
+        "normalizer.detach().",
+    ),
+    (
         lambda: loss_call(normalizer=torch.ones(2)),
         "policy_loss: normalizer must be a 0-dim tensor; got shape (2,). Pass one global count.",
     ),
@@ -414,6 +427,14 @@ TYPES = [
         "token_stats: temperature must be a number; got '1'. Pass an int or a float.",
     ),
     (
+        lambda: logits_call(temperature=True),
+        "token_stats: temperature must be a number; got True. Pass an int or a float.",
+    ),
+    (
+        lambda: logits_call(logit_scale=torch.tensor(0.5)),
+        "token_stats: logit_scale must be a number; got tensor(0.5000). Pass an int or a float.",
+    ),
+    (
         lambda: logits_call(softcap=torch.ones(3)),
         "token_stats: softcap must be a number; got tensor([1., 1., 1.]). Pass an int or a float.",
     ),
@@ -442,6 +463,20 @@ TYPES = [
 def test_type_errors(build, text: str):
     call, arguments = build()
     with pytest.raises(TypeError, match=f"^{re.escape(text)}"):
+        call(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("make", "actual"),
+    [
+        (lambda x: x.to_sparse(), r"layout torch.sparse_coo. Call logits.to_dense\(\)"),
+        (lambda x: x.to_mkldnn(), r"layout torch._mkldnn. Call logits.to_dense\(\)"),
+        (lambda x: torch.nested.nested_tensor([*x]), r"a nested tensor. Pack its rows: torch.cat\(logits.unbind\(\)\)"),
+    ],
+)
+def test_a_tensor_that_is_not_dense(make, actual):
+    call, arguments = logits_call(logits=make(torch.zeros(T, V)))
+    with pytest.raises(ValueError, match=f"^token_stats: logits must be a dense tensor; got {actual}"):
         call(**arguments)
 
 
