@@ -15,7 +15,7 @@ import torch
 pytest.importorskip("trl", reason="needs the group `hosts`")
 
 import tiny_grpo
-from host_parity import assert_no_farther, trl_in_float64
+from host_parity import FLOOR, assert_no_farther, trl_in_float64
 from trl import GRPOTrainer
 
 from tokfuse.integrations import trl_kept
@@ -68,15 +68,18 @@ def history(trainer):
 
 
 def assert_same(ours, stock, exact):
+    # VESPO's weight W^k exp(lambda (1 - W)) contains the product W of six ratios. The rounding of a log-probability of
+    # 4 nats is 2.4e-7, six of them are 1.4e-6, and |k - lambda W| < 5 multiplies this sum: 7e-6 of the gradient.
+    floor = 8 * FLOOR if ours.args.loss_type == "vespo" else FLOOR
     runs = [history(x) for x in (ours, stock, exact)]
     assert len({tuple(tuple(row) for row in run) for run in runs}) == 1, "the same names at every step"
     for name in {name: None for row in runs[2] for name in row}:
         figures = [torch.tensor([row[name] for row in run if name in row]).double() for run in runs]
         assert torch.equal(figures[0].isnan(), figures[2].isnan()), name
         mine, theirs, truth = (x.nan_to_num() for x in figures)
-        assert_no_farther(mine, theirs, truth, size=max(1.0, float(truth.abs().max())), what=name)
+        assert_no_farther(mine, theirs, truth, floor=floor, size=max(1.0, float(truth.abs().max())), what=name)
     weights = [torch.cat([x.flatten() for x in run.model.state_dict().values()]) for run in (ours, stock, exact)]
-    assert_no_farther(*weights, what="weights")
+    assert_no_farther(*weights, floor=floor, what="weights")
 
 
 def both(tmp_path, **options):
