@@ -283,24 +283,24 @@ thread), registers, shared memory and the widest load in bytes. Spills are liste
 
 ## Memory access
 
-The hot kernels read (tokens, vocab), about 300 KB per token: `token_stats`, `policy_step`,
-`paired_divergence` and `linear_token_stats`. They load 16 bytes at a time. The exception is a
-forward over rows at odd addresses (`odd_vocabulary`), because its sums must not depend on the
-address of a row. The kernels over per-token vectors move 8 to 44 bytes per token, about 1/10,000 of
-that. They work in float64 on pieces that end at the end of a sequence or group, at any address.
+The kernels that take most of the time read (tokens, vocab), about 300 KB per token: `token_stats`,
+`policy_step`, `paired_divergence` and `linear_token_stats`. They load 16 bytes at a time. The
+exception is a forward over rows at odd addresses (`odd_vocabulary`), because its sums must not
+depend on the address of a row. The kernels over per-token vectors move only 8 to 44 bytes per
+token. They work in float64 on pieces that end at the end of a sequence or group, at any address.
 Their loads are therefore one element wide, or 16 bytes wide if a piece starts on whole vectors.
 
-`paired_divergence_fwd` counts the loops that a row with a KL of at least 1e-4 takes: one loop for
-the two KLs, two loops for the other kinds. A closer row, or a row with an excluded logit, takes
-another second loop: 41 to 47 instructions per element for a KL, about 67 for a mixture.
+The figures of `paired_divergence_fwd` are for a row with a KL of at least 1e-4: one loop for the two
+KLs, two loops for the other kinds. A row with a smaller KL, or with an excluded logit (-inf), takes
+a further loop: 41 to 47 instructions per element for a KL, about 67 for a mixture.
 
-## Gradient GEMMs over live rows
+## Gradient GEMMs without clipped rows
 
 `head_gradient` contains the two gradient GEMMs of `policy_step(compact_clipped=True)`. They read
-the list of live rows from device memory. cuBLAS needs the number of rows on the host, so by default
-clipped rows enter its GEMMs as zeros. The Triton GEMMs are faster if many rows are clipped: at f
-times the throughput of cuBLAS, they are faster if the share of live rows is below f. You must
-measure f on your device, so the option is not automatic.
+the list of rows with a gradient from device memory. cuBLAS needs the number of rows on the host. By
+default, clipped rows therefore enter its GEMMs as zeros. The Triton GEMMs pay off if many rows are
+clipped: at f times the throughput of cuBLAS, they are faster if the share of rows with a gradient is
+below f. You must measure f on your device, so the option is not automatic.
 
 ## Triton versions
 
