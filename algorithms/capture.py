@@ -4,9 +4,9 @@
         loss_of(model(ids)).backward()
     captured.features  # (seqs, numbers)
 
-A forward hook projects the input of a linear layer, a hook on the output projects its gradient, and the kernel of
-`influence.sketch` adds their products up over the tokens of each sequence, for several layers per launch. The weight of
-a norm is a vector, so its gradient is summed first and projected then.
+A forward hook projects the input of a linear layer. A hook on the output projects its gradient. The kernel of
+`influence.sketch` adds up the products of both over the tokens of each sequence, for several layers per launch. The
+weight of a norm is a vector, so its gradient is summed first and projected then.
 """
 
 import contextlib

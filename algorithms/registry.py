@@ -164,8 +164,8 @@ def make(name: str, *, preset: str | None = None, **options: Any) -> Any:
         docstring names, or the function itself with the options filled in.
 
     Raises:
-        ValueError: an unknown name, preset or option (the message names the nearest known one, also for words of
-            TRL and verl), a missing option that has no published default, or a value out of range.
+        ValueError: an unknown name, preset or option; a missing option that has no published default; a value out of
+            range. For an unknown word, also one of TRL or verl, the message names the nearest known one.
     """
     one = entry(name)
     known = one.options()

@@ -62,8 +62,8 @@ class NemoPolicyLoss:
     know, raise an error.
 
     A call returns (loss, metrics), with all metrics of NeMo-RL. The loss is a sum divided by the given global count. A
-    sampling ratio that is not finite becomes 0, `curr_logprobs_keep_mask` of the data removes tokens from the loss,
-    a sample mask between 0 and 1 multiplies the loss of its sample, and a micro-batch without a valid token gives 0.
+    sampling ratio that is not finite becomes 0. `curr_logprobs_keep_mask` of the data removes tokens from the loss. A
+    sample mask between 0 and 1 multiplies the loss of its sample. A micro-batch without a valid token gives 0.
     The ratio is bounded by exp(+-20). Values outside the mask are never used. The metric sampling_importance_ratio of
     sequence ratios is the mean over the samples (NeMo-RL multiplies it by the number of valid samples).
     """

@@ -131,24 +131,24 @@ def linear_token_stats(
 
     Returns:
         TokenStats(logp, entropy, lse, sum_sq, top1), each (tokens,) float32 (float64 for float64).
-        With ids or top_k: TokenStatsAt, with the additional field logp_at in the shape of the ids (0 at
-        padding and in masked rows), and, for top_k, top_ids (tokens, top_k) int64, the most likely first,
-        -1 in masked rows.
+        With ids or top_k: TokenStatsAt, with the additional field logp_at in the shape of the ids, 0 at
+        padding and in masked rows. With top_k it also has top_ids, (tokens, top_k) int64: the most likely
+        id first, -1 in masked rows.
 
     Numerics: same bounds as `token_stats` with float32 logits. bfloat16 and float16 inputs are converted
         exactly, and GEMMs accumulate in float32. dW accumulates in float32 and is rounded once. Bitwise
         repeatable. The GEMM library may round a row differently with another chunk size.
         With kept ids, logits outside them become -inf in the workspace, so nothing cancels if their mass is tiny.
         A target that is not a kept id, or a row without kept ids, gives logp = -inf without a gradient.
-        If the dtypes of hidden and weight differ, the logits are computed in the wider one (float32 for
-        bfloat16 with float16), and each input receives its gradient in its own dtype.
+        If hidden and weight differ in dtype, the logits are computed in the wider dtype (float32 for
+        bfloat16 with float16), and each gradient has the dtype of its tensor.
 
     Gradients and memory: hidden, weight and bias receive a gradient if they require grad. Saved: the
         inputs and four (tokens,) vectors. The backward recomputes the logits of the rows whose incoming
         gradient is not zero, chunk by chunk, and overwrites them with their gradient. Peak extra memory:
-        memory_budget, the gradients, and a float32 dW if weight is 16-bit. On a GPU, a 16-bit head computes
-        the statistics without a workspace (with ids, top_k or kept_ids it stores its logits in the
-        workspace), and rounds the gradient of its logits once to 16 bits for the gradient GEMMs. The backward
+        memory_budget, the gradients, and a float32 dW if weight is 16-bit. On a GPU, the statistics of a
+        16-bit head need no workspace, except with ids, top_k or kept_ids. The gradient of its logits is
+        rounded once to 16 bits for the gradient GEMMs. The backward
         synchronises once to read the number of its rows. Under CUDA-graph capture it does not synchronise, and
         every row is computed. If hidden and weight differ in dtype, the narrower one is widened piece by piece: the
         rows of a chunk, or 64 MiB of the weight (2 MiB on the CPU). No float32 copy of the weight is made.

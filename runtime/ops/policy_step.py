@@ -81,9 +81,9 @@ def policy_step(
     with `linear_token_stats`. But the gradient is computed in the forward, in the same pass over the
     logits. `loss` is differentiable: call `step.loss.backward()`.
 
-    The arguments are in four groups: the input (logits, or hidden and the head), the batch
-    (`target` to `cu_seqlens`), the objective with its optional inputs (`objective` to
-    `sampler_logp`), and the options of the distribution (`temperature` to `logit_scale`).
+    All arguments are keywords. The list below has the input (logits, or hidden and the head), the batch
+    (`target` to `cu_seqlens`), the objective and its inputs (`objective` to `sampler_logp`), the options
+    of the distribution (`kept_ids` to `logit_scale`), and the options of the computation.
 
     The shapes below are for packed tokens. Leading dimensions work too: with logits of shape
     (..., vocab) or hidden of shape (..., hidden), every (tokens,) argument has shape (...), and so have

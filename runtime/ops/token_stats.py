@@ -190,9 +190,9 @@ def token_stats(
         TokenStats(logp, entropy, lse, sum_sq, top1), each (tokens,) float32 (float64 for float64
         logits), nats. With second_temperature or moments: ExtendedTokenStats, with the additional fields
         second_logp, sum_p2_logp and sum_p2_logp2; a field that was not requested is None. With ids or
-        top_k: TokenStatsAt, with the additional field logp_at in the shape of the ids (0 at padding and in
-        masked rows), and, for top_k, top_ids (tokens, top_k) int64, the most likely first, -1 in masked
-        rows. `torch.topk` chooses between equal logits.
+        top_k: TokenStatsAt, with the additional field logp_at in the shape of the ids, 0 at padding and in
+        masked rows. With top_k it also has top_ids, (tokens, top_k) int64: the most likely id first, -1 in
+        masked rows. `torch.topk` chooses between equal logits.
 
     Numerics: float32 statistics for every input dtype. Against float64, |error| <= 2e-5 in logp,
         entropy and lse for |logit| <= 100; gradients are within 2e-6 of the largest term of the row.
