@@ -67,6 +67,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Python flushes stdout once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 141
+    except OSError as error:  # a file of the command line that cannot be read or written
+        if error.filename is None:
+            raise
+        what = f"{error.filename}: {error.strerror}. Check the path."
+        print(f"python -m tokfuse {options.command}: error: {what}", file=sys.stderr)
+        status = 2
     except KeyboardInterrupt:
         print("tokfuse: interrupted", file=sys.stderr)
         status = 130

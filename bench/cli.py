@@ -13,6 +13,7 @@ python -m tokfuse bench numbers rows.jsonl
 import argparse
 import contextlib
 import dataclasses
+import math
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
@@ -113,6 +114,10 @@ def _check_options(
         for name in ("csv", "png"):
             if getattr(options, name) is not None:
                 command_line.error(f"--{name} writes measured rows; {command} measures none")
+    for name in ("json", "csv", "png"):
+        file = getattr(options, name)
+        if file is not None and (Path(file).is_dir() or not Path(file).resolve().parent.is_dir()):
+            command_line.error(f"--{name} must be a file in an existing folder; got {file!r}")
     if options.png:
         plot.check_available(command_line.error, "--png")
     if options.device == "cpu":
@@ -284,6 +289,31 @@ def _backends(text: str) -> tuple[str, ...]:
     return names
 
 
+def _count(text: str) -> int:
+    """Return a number of rounds or threads."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be an integer >= 1; got {text!r}")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 <= seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number of seconds >= 0; got {text!r}")
+    return seconds
+
+
+def _dtypes(text: str) -> str:
+    known = ("float32", "bfloat16", "float16")
+    for name in text.split(","):
+        if name not in known:
+            raise argparse.ArgumentTypeError(f"must name some of {', '.join(known)}; got {name!r}")
+    return text
+
+
 def _listing() -> str:
     lines = ["ops:"]
     for op, module in CASES.items():
@@ -327,7 +357,7 @@ def parser() -> argparse.ArgumentParser:
         help="512x49152,... (tokens x vocab, or tokens x hidden x vocab), or 256xMODEL with one of "
         + ", ".join(MODELS),
     )
-    out.add_argument("--dtype", help="float32,bfloat16,float16")
+    out.add_argument("--dtype", type=_dtypes, help="float32,bfloat16,float16")
     out.add_argument(
         "--backend",
         type=_backends,
@@ -338,16 +368,16 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     out.add_argument("--variant", help="only this variant of the op's cases")
     out.add_argument("--axes", help=f"axes of growth: some of {','.join(growth.AXES)}")
-    out.add_argument("--rounds", type=int, help=f"interleaved rounds (default {ROUNDS})")
+    out.add_argument("--rounds", type=_count, help=f"interleaved rounds (default {ROUNDS})")
     out.add_argument(
         "--budget",
-        type=float,
+        type=_seconds,
         default=BUDGET_S,
         help=f"seconds of rounds per case; at least 3 rounds run (default {BUDGET_S:g})",
     )
     out.add_argument("--no-errors", action="store_true", help="skip the slow comparison with float64")
     out.add_argument("--no-energy", action="store_true", help="on a GPU, skip the energy reading (1 s per provider)")
-    out.add_argument("--threads", type=int, help="torch threads (default: torch's own)")
+    out.add_argument("--threads", type=_count, help="torch threads (default: torch's own)")
     out.add_argument("--seed", type=int, default=0)
     out.add_argument("--json", metavar="FILE", help="append each row as a JSON line when it is measured")
     out.add_argument("--csv", metavar="FILE", help="append rows as CSV in Liger's columns")

@@ -29,18 +29,23 @@ def read(files: Sequence[str | Path]) -> tuple[list[Row], list[dict[str, Any]]]:
     """Return the rows of the benchmarks, and the rows of the influence study, which have no provider.
 
     Raises:
-        ValueError: the rows come from different machines.
+        ValueError: the rows come from different machines, or a line is no row.
     """
     rows, study = [], []
     for file in files:
         for line in Path(file).read_text(encoding="utf-8").splitlines():
             if not line.strip():
                 continue
-            values = json.loads(line)
-            if "provider" in values:
+            try:
+                values = json.loads(line)
+            except json.JSONDecodeError:
+                values = None
+            if isinstance(values, dict) and "provider" in values:
                 rows.append(Row.from_json(line))
-            else:
+            elif isinstance(values, dict) and "slice" in values:
                 study.append(values)
+            else:
+                raise ValueError(f"{file} must contain rows of `bench --json`; got {line[:60]!r}. Pass another file.")
     check_one_machine(rows, ", ".join(map(str, files)))
     return rows, study
 

@@ -35,6 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _triton(cases: Sequence[str], check: bool, write: bool) -> int:
     rows = kernel_table.compile_all(cases, known=kernel_table.committed() if write else ())
+    if not rows:
+        print(f"python -m tokfuse kernels: error: no case begins with {' or '.join(cases)}", file=sys.stderr)
+        return 2
     if write:
         if cases:
             kept = [r for r in kernel_table.committed() if not r.case.startswith(tuple(cases))]

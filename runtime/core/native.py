@@ -19,7 +19,9 @@ def _load() -> tuple[ModuleType | None, str | None]:
     try:
         return importlib.import_module("tokfuse._native"), None
     except ImportError as error:
-        reason = f"the native module is not available ({error}); install g++ and cmake, then reinstall tokfuse"
+        # The message for a wrong environment variable already has the next step.
+        step = "" if "TOKFUSE_" in str(error) else "; install g++ and cmake, then reinstall tokfuse"
+        reason = f"the native module is not available ({error}){step}"
         # Warn once per process, so that nobody mistakes the slow fallback for the kernels.
         message = f"tokfuse falls back to the slow pure-torch reference: {reason}"
         warnings.warn(message, RuntimeWarning, stacklevel=3)
