@@ -5,6 +5,7 @@ A fenced `python` block of a page is a program that must run unchanged. Inline c
 """
 
 import ast
+import datetime
 import inspect
 import re
 import subprocess
@@ -150,3 +151,11 @@ def test_the_version_is_the_same_everywhere():
     for file, pattern in stated.items():
         found = re.search(pattern, (ROOT / file).read_text(), re.MULTILINE)
         assert found and found[1] == tokfuse.__version__, file
+
+
+def test_the_date_of_a_release_is_the_same_everywhere():
+    """In the changelog and the citation. A version without a release is "unreleased" and has no date."""
+    changelog = re.search(r"^## \S+ \((.+)\)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    citation = re.search(r'^date-released: "(.+)"', (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
+    assert changelog and (changelog[1] == "unreleased" or datetime.date.fromisoformat(changelog[1]))
+    assert (citation[1] if citation else "unreleased") == changelog[1]
