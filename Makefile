@@ -188,6 +188,7 @@ bench-release:
 	@$(BIN)/python tools/bench_release.py $(ARGS)
 	@$(if $(ARGS),,$(BIN)/python -m tokfuse bench numbers bench/results/*.jsonl --write README.md \
 		--write docs/performance.md --pictures docs/pictures)
+	@$(if $(ARGS),,$(BIN)/python -m tokfuse bench numbers bench/results/distillation/*.jsonl --write docs/distillation.md)
 	@$(if $(ARGS),,$(BIN)/python -m tokfuse report bench/results/*.jsonl -o build/report.html)
 
 # Build the source distribution, and a wheel from it in an isolated environment. The wheel runs on systems that have

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+import tokfuse
+
 # command -> (module with `parser()` and `main(argv) -> int`, imported only for its command; help text)
 COMMANDS = {
     "doctor": ("tokfuse.inspection.doctor", "show versions, devices, and the backends that each op can use"),
@@ -91,6 +93,7 @@ def _known() -> argparse.ArgumentParser:
         epilog=EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    out.add_argument("--version", action="version", version=f"tokfuse {tokfuse.__version__}")
     commands = out.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (_, summary) in COMMANDS.items():
         commands.add_parser(name, help=summary, add_help=False)

@@ -4,6 +4,7 @@ import functools
 import importlib.metadata
 import inspect
 import re
+import threading
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -69,6 +70,7 @@ class Rebinding:
 
     def __init__(self, op: str) -> None:
         self._op = op
+        self.lock = threading.Lock()  # two threads that install at once would save each other's replacements
         self._saved: list[tuple[object, str, object, object, bool]] = []
 
     @property

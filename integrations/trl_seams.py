@@ -36,9 +36,10 @@ def install() -> None:
         ValueError: TRL is missing, or older than the tested versions.
     """
     HOST.require(f"{OP}.install")
-    if not _INSTALLED.active:
-        _bind(_INSTALLED, Head(token_head))
-        trl_distillation.bind(_INSTALLED)
+    with _INSTALLED.lock:
+        if not _INSTALLED.active:
+            _bind(_INSTALLED, Head(token_head))
+            trl_distillation.bind(_INSTALLED)
 
 
 def uninstall() -> None:
@@ -47,7 +48,8 @@ def uninstall() -> None:
     Raises:
         ValueError: other code has patched the same attributes since; nothing is restored then.
     """
-    _INSTALLED.restore()
+    with _INSTALLED.lock:
+        _INSTALLED.restore()
 
 
 def is_installed() -> bool:

@@ -84,17 +84,19 @@ def install() -> None:
         ValueError: verl is missing, or older than the tested versions.
     """
     HOST.require(OP)
-    if _REBINDING.active:
-        return
-    from tokfuse.integrations import verl_heads
+    with _REBINDING.lock:
+        if _REBINDING.active:
+            return
+        from tokfuse.integrations import verl_heads
 
-    for owner, attribute, replacement in verl_heads.targets():
-        _REBINDING.set(owner, attribute, replacement)
+        for owner, attribute, replacement in verl_heads.targets():
+            _REBINDING.set(owner, attribute, replacement)
 
 
 def uninstall() -> None:
     """Restore every attribute that `install` replaced. Raise an error if another patch replaced one later."""
-    _REBINDING.restore()
+    with _REBINDING.lock:
+        _REBINDING.restore()
 
 
 def describe() -> dict[str, Any]:

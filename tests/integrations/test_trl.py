@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -47,6 +48,19 @@ def test_install_is_idempotent_and_uninstall_restores_identity():
     with host.installed():
         assert seams()[0] is not stock[0]
     assert all(a is b for a, b in zip(stock, seams(), strict=True))
+
+
+def test_install_from_several_threads():
+    before, interval = seams(), sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            for step in (trl.install, trl.uninstall) * 25:
+                for done in [pool.submit(step) for _ in range(4)]:
+                    done.result()
+    finally:
+        sys.setswitchinterval(interval)
+    assert seams() == before
 
 
 def test_uninstall_refuses_to_undo_a_later_patch(monkeypatch):

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from bench_rows import our_row
 
+import tokfuse
 from tokfuse import __main__ as entry
 from tokfuse.inspection import doctor, progress, tables
 
@@ -90,6 +91,12 @@ def test_an_interrupt_exits_with_130_and_without_traceback(monkeypatch, capsys) 
     monkeypatch.setattr(doctor, "main", interrupted)
     assert entry.main(["doctor"]) == 130
     assert capsys.readouterr().err == "tokfuse: interrupted\n"
+
+
+def test_version(capsys) -> None:
+    with pytest.raises(SystemExit) as exit:
+        entry.main(["--version"])
+    assert exit.value.code == 0 and capsys.readouterr().out == f"tokfuse {tokfuse.__version__}\n"
 
 
 def test_the_welcome_and_the_help_import_no_torch() -> None:
