@@ -38,14 +38,13 @@ def read(files: Sequence[str | Path]) -> tuple[list[Row], list[dict[str, Any]]]:
                 continue
             try:
                 values = json.loads(line)
-            except json.JSONDecodeError:
-                values = None
-            if isinstance(values, dict) and "provider" in values:
-                rows.append(Row.from_json(line))
-            elif isinstance(values, dict) and "slice" in values:
-                study.append(values)
-            else:
-                raise ValueError(f"{file} must contain rows of `bench --json`; got {line[:60]!r}. Pass another file.")
+                if isinstance(values, dict) and "slice" in values:
+                    study.append(values)
+                else:
+                    rows.append(Row.from_json(line))
+            except ValueError:  # no JSON, or no row
+                what = f"{file} must contain rows of `bench --json`; got {line[:60]!r}. Pass another file."
+                raise ValueError(what) from None
     check_one_machine(rows, ", ".join(map(str, files)))
     return rows, study
 

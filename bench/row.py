@@ -6,7 +6,7 @@ removing a field, or changing its meaning, increases it.
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
 SCHEMA_VERSION = 1
@@ -183,9 +183,16 @@ class Row:
 
     @classmethod
     def from_json(cls, line: str) -> "Row":
-        """Read a row that `to_json` wrote. Unknown fields of a newer writer are dropped."""
-        known = {f.name for f in fields(cls)}
-        values = {k: v for k, v in json.loads(line).items() if k in known}
+        """Read a row that `to_json` wrote. Unknown fields of a newer writer are dropped.
+
+        Raises:
+            ValueError: the line is no row.
+        """
+        whole = json.loads(line)
+        needed = {f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING}
+        if not isinstance(whole, dict) or not needed <= whole.keys():
+            raise ValueError(f"a row must have the fields {', '.join(sorted(needed))}; got {line[:60]!r}")
+        values = {f.name: whole[f.name] for f in fields(cls) if f.name in whole}
         for key, value in values.items():
             if key.startswith("error_") and isinstance(value, str):
                 values[key] = float(value)

@@ -36,7 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _triton(cases: Sequence[str], check: bool, write: bool) -> int:
     rows = kernel_table.compile_all(cases, known=kernel_table.committed() if write else ())
     if not rows:
-        print(f"python -m tokfuse kernels: error: no case begins with {' or '.join(cases)}", file=sys.stderr)
+        known = ", ".join(dict.fromkeys(row.case for row in kernel_table.committed()))
+        what = f"no case begins with {' or '.join(cases)}. The cases are {known}."
+        print(f"python -m tokfuse kernels: error: {what}", file=sys.stderr)
         return 2
     if write:
         if cases:

@@ -194,7 +194,8 @@ def describe(model: Any) -> str:
 @functools.cache
 def _patched(base: Any) -> Any:
     """Return the subclass of `base` whose instances with the attribute `STATE` compute their loss on tokfuse."""
-    positions = tuple(inspect.signature(base.forward).parameters)[1:]
+    parameters = inspect.signature(base.forward).parameters.values()
+    positions = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD][1:]
 
     @functools.wraps(base.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -93,8 +93,8 @@ def distill_step(
 
     Returns:
         DistillStep. Loss, metrics and statistics belong to the whole vocabulary and are bitwise equal on
-        all ranks. The gradients are those of this rank's logits, or of its weight and bias and of hidden
-        (all-reduced).
+        all ranks. From logits, the gradient of this rank's columns. From hidden states, the gradients of this
+        rank's weight and bias, and the all-reduced gradient of hidden.
 
     Numerics: as `linear_paired_divergence` and `paired_divergence` of this module.
 

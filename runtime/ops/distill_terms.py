@@ -84,7 +84,7 @@ class Terms(NamedTuple):
     classes: ClassPart | None
 
     def given(self, target: torch.Tensor) -> Coefficients:
-        """Return the coefficients of the rows, without those of the policy term."""
+        """Return the coefficients of the divergence and the cross entropy."""
         if self.classes is None:
             return Coefficients(self.coefficient)
         return self.classes.coefficients(self.coefficient, target)

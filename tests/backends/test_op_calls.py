@@ -110,14 +110,18 @@ def test_a_result_is_named_by_its_public_fields():
     assert not any(name.startswith("_") for name in step)
 
 
+def needs_kernels() -> None:
+    if native.module() is None:
+        pytest.skip("cpu: the native module is not built")
+
+
 SECOND = [call for call in calls(options="none") if call.row.differentiable and call.row.op != "segment_moments"]
 
 
 @pytest.mark.parametrize("call", SECOND, ids=lambda call: call.name)
 def test_second_derivative_is_refused_not_wrong(call):
     """On the kernels of every op. segment_moments is differentiable twice, because its backward is torch's."""
-    if native.module() is None:
-        pytest.skip("cpu: the native module is not built")
+    needs_kernels()
     with tokfuse.backend("cpu"):
         given = call.arguments(Problem(SMALL, "cpu", torch.float32))
         loss = scalar(call.function()(**given))
@@ -128,8 +132,7 @@ def test_second_derivative_is_refused_not_wrong(call):
 
 @pytest.mark.parametrize("call", SECOND, ids=lambda call: call.name)
 def test_a_batch_of_gradients_is_refused_or_right(call):
-    if native.module() is None:
-        pytest.skip("cpu: the native module is not built")
+    needs_kernels()
     with tokfuse.backend("cpu"):
         given = call.arguments(Problem(SMALL, "cpu", torch.float32))
         loss = scalar(call.function()(**given)).unsqueeze(0)
@@ -181,8 +184,8 @@ def test_segment_moments_is_differentiable_twice():
 @pytest.mark.parametrize("call", [*calls()], ids=lambda call: call.name)
 def test_defaults_of_torch_change_nothing(call, backend):
     """An op takes device and dtype from its arguments, not from torch.set_default_device and set_default_dtype."""
-    if native.module() is None and backend == "cpu":
-        pytest.skip("cpu: the native module is not built")
+    if backend == "cpu":
+        needs_kernels()
     with tokfuse.backend(backend):
         plain = call.run(Problem(SMALL))
         given = call.arguments(Problem(SMALL))
@@ -209,8 +212,7 @@ OF_NUMBERS = [call for call in calls() if any(type(x) is float for x in call.arg
 @pytest.mark.parametrize("call", OF_NUMBERS, ids=lambda call: call.name)
 def test_numbers_of_numpy_are_numbers(call):
     """The same bits as with the same number as a float."""
-    if native.module() is None:
-        pytest.skip("cpu: the native module is not built")
+    needs_kernels()
     with tokfuse.backend("cpu"):
         given = numpy_numbers(call.arguments(Problem(SMALL, "cpu", torch.float32)), np.float32)
         results = [call.apply(given)]

@@ -3,6 +3,7 @@
 import copy
 import functools
 import importlib
+import inspect
 from unittest import mock
 
 import numpy as np
@@ -300,6 +301,8 @@ def test_labels_by_position_and_an_ignored_index():
         mine = model(given["input_ids"], given["attention_mask"], None, None, None, given["labels"])
         assert torch.equal(mine.loss, named.loss) and mine.logits is None
         assert model(**given, output_router_logits=None).loss == named.loss
+        with pytest.raises(TypeError, match="multiple values|positional argument"):  # one more than the model takes
+            model(*[None] * len(inspect.signature(model.forward).parameters), labels=given["labels"])
     given["labels"][given["labels"] == -100] = 7
     theirs = model(**given, ignore_index=7).loss.item()
     with hf.installed(model):

@@ -64,18 +64,20 @@ def test_wrong_command_lines_exit_with_2() -> None:
         ("bench numbers {0}/none.jsonl", "none.jsonl: No such file or directory. Check the path."),
         ("bench numbers {0}/text", "must contain rows of `bench --json`; got 'no row'. Pass another file."),
         ("bench targets {0}/other", """must contain rows of `bench --json`; got '{{"a": 1}}'."""),
+        ("bench numbers {0}/part", """must contain rows of `bench --json`; got '{{"provider": "x"}}'."""),
         ("bench token_stats --png {0}/none/x.png", "--png must be a file in an existing folder; got "),
         ("bench token_stats --json {0}", "--json must be a file in an existing folder; got "),
         ("bench token_stats --dtype int8", "--dtype: must name some of float32, bfloat16, float16; got 'int8'"),
         ("bench token_stats --rounds 0", "--rounds: must be an integer >= 1; got '0'"),
         ("bench token_stats --threads 1.5", "--threads: must be an integer >= 1; got '1.5'"),
         ("bench token_stats --budget nan", "--budget: must be a number of seconds >= 0; got 'nan'"),
-        ("kernels none", "no case begins with none"),
+        ("kernels none", "no case begins with none. The cases are "),
     ],
 )
 def test_a_wrong_file_or_number_is_one_sentence(words: str, text: str, tmp_path: Path, capsys) -> None:
     (tmp_path / "text").write_text("no row\n")
     (tmp_path / "other").write_text('{"a": 1}\n')
+    (tmp_path / "part").write_text('{"provider": "x"}\n')
     try:
         status = entry.main([word.format(tmp_path) for word in words.split()])
     except SystemExit as stopped:

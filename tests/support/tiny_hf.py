@@ -107,7 +107,7 @@ def assert_same(mine, theirs, exact):
     assert mine[1].keys() == theirs[1].keys() == exact[1].keys()
     for name, grad in theirs[1].items():
         # The gradient of a key projection's bias is a sum of terms that nearly cancel, because a shift of all keys
-        # changes attention only by the rotation. Its error is that of the terms, which are as large as the weight's.
+        # changes attention only by the rotation. Each term is as large as a term of the weight, and so is its error.
         weight = name.removesuffix("bias") + "weight"
         size = max(float(exact[1][n].abs().max()) for n in (name, weight) if n in exact[1] and exact[1][n].numel())
         assert_no_farther(mine[1][name], grad, exact[1][name], size=size, what=name)
